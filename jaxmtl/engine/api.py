@@ -1,0 +1,278 @@
+"""The public functions of the engine: Gramian, weighted gradient, explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmtl import base
+from jaxmtl.engine import plan, routes, tasks
+
+Array = Any
+PyTree = Any
+
+
+def value_and_gramian(
+    losses_fn: Callable[..., Any],
+    *,
+    in_axes: Any = None,
+    encoder: Callable[..., Any] | None = None,
+    shared: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[Any, Array, jax.tree_util.Partial]]:
+    """Make a function that returns losses, their Gramian `J J^T` and the map `w -> J^T w`.
+
+    The Jacobian J of the m losses is never formed. With `in_axes`, one objective per example, one
+    backward pass gives the Gramian: each layer adds the inner products of its inputs times those of
+    its output cotangents, and where that is dearer, or no such rule is known, the gradients of the
+    examples with respect to this parameter alone (`explain` tells which). Without, m tasks over one
+    batch, gradients are pulled back and pushed forward again `chunk_size` at a time.
+
+    Args:
+      losses_fn: `losses_fn(params, *args) -> (m,)`; with `in_axes`, the loss of one example,
+        `losses_fn(params, *example) -> ()`; with `encoder`, `losses_fn(params, z, *args) -> (m,)`.
+      in_axes: which axes of `(params, *args)` run over examples, as in `jax.vmap`; None for params.
+      encoder: `encoder(params, *args) -> z`. The Gramian is then that of the gradients with respect
+        to z, one pass through the encoder whatever m is.
+      shared: a pytree prefix of booleans, or a function of a leaf's path: parameters marked False
+        stay out of the Gramian, and the pullback gives them `J^T h` in place of `J^T w`.
+      has_aux: whether `losses_fn` returns `(losses, aux)`.
+      chunk_size: how many gradients exist at a time, without `in_axes`; one if None.
+
+    Returns:
+      A function `(params, *args) -> (losses, gramian, pullback)`, or `((losses, aux), gramian,
+      pullback)`. `losses` has shape `(m,)`; `gramian` has shape `(m, m)` in the widest dtype of the
+      parameters, at least float32; `pullback(weights, head_weights=None)` is a
+      `jax.tree_util.Partial` that returns a pytree like params. `head_weights` (h above) are ones if
+      None. With `in_axes`, aux is stacked over examples.
+
+    Raises:
+      ValueError: The losses have the wrong shape, `in_axes` or batch sizes do not match, parameters
+        are not of floating point, or keywords exclude each other.
+
+    **Reference**: P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, 2024,
+    section 6 and algorithm 3.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.engine import value_and_gramian
+    >>> def example_loss(params, x):
+    ...     return jnp.vdot(params, x) ** 2 / 2
+    >>> params, batch = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    >>> losses, gramian, pullback = value_and_gramian(example_loss, in_axes=(None, 0))(params, batch)
+    >>> print(losses)
+    [0.5 4.5]
+    >>> print(gramian)  # of the gradients (1, 0) and (3, 3)
+    [[ 1.  3.]
+     [ 3. 18.]]
+    >>> print(pullback(jnp.array([1.0, 0.5])))
+    [2.5 1.5]
+    """
+    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+
+    def evaluate(params: PyTree, *args: Any) -> tuple[Any, Array, jax.tree_util.Partial]:
+        found = routes.evaluate(options, params, args)
+        losses = (found.losses, found.aux) if has_aux else found.losses
+        return losses, found.gramian(), found.pullback
+
+    return evaluate
+
+
+def value_and_grad(
+    losses_fn: Callable[..., Any],
+    aggregator: Any,
+    *,
+    in_axes: Any = None,
+    encoder: Callable[..., Any] | None = None,
+    shared: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[..., tuple[tuple[Any, PyTree], PyTree]]:
+    """Make a function that returns losses and the aggregated gradient, without the Jacobian.
+
+    The same as `value_and_gramian`, then `aggregator.weighting.update`, then `pullback`. A rule that
+    does not read the Gramian costs one forward and one backward pass. A step whose weights or
+    gradients are not finite gives zero gradients, keeps the state and adds one to `mtl_skipped`.
+
+    Args:
+      losses_fn: see `value_and_gramian`.
+      aggregator: a `jaxmtl.Aggregator` that has a weighting.
+      in_axes: see `value_and_gramian`.
+      encoder: see `value_and_gramian`; z is passed to the weighting as `features`.
+      shared: see `value_and_gramian`. The other parameters get `J^T h`, with h ones for rules that
+        read the Gramian, the weights themselves for those that do not, and
+        `aggregator.weighting.head_weights(state)` where there is such a function.
+      has_aux: see `value_and_gramian`.
+      chunk_size: see `value_and_gramian`.
+
+    Returns:
+      A function `(params, state, *args, **extra) -> ((losses, state), grads)`, or `(((losses, aux),
+      state), grads)`, with grads like params. Positional arguments go to `losses_fn`, keywords to
+      the weighting.
+
+    Raises:
+      ValueError: The aggregator has no weighting, or as in `value_and_gramian`.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl import base
+    >>> from jaxmtl.engine import value_and_grad
+    >>> mean = base.from_weighting(lambda gramian: jnp.full(len(gramian), 1 / len(gramian)))
+    >>> def losses_fn(params, targets):
+    ...     return (params - targets) ** 2 / 2
+    >>> params, state = jnp.zeros(2), mean.init(jnp.zeros(2))
+    >>> (losses, state), grads = value_and_grad(losses_fn, mean)(params, state, jnp.array([1.0, 2.0]))
+    >>> print(losses, grads)
+    [0.5 2. ] [-0.5 -1. ]
+    """
+    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    weighting = getattr(aggregator, "weighting", None)
+    if weighting is None:
+        raise ValueError(
+            "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
+            "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
+            "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
+            "losses=losses)"
+        )
+    rule = getattr(weighting, "rule", None)
+    reads_gramian = rule is None or "gramian" in rule.reads
+
+    def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
+        found = routes.evaluate(options, params, args)
+        if encoder is not None:
+            extra.setdefault("features", found.features)
+        gramian = lax.stop_gradient(found.gramian()) if reads_gramian else None
+        losses = lax.stop_gradient(found.losses)
+        weights, new_state = weighting.update(gramian, state, losses=losses, **extra)
+        weights = lax.stop_gradient(weights)
+        grads = found.pullback(weights, _head_weights(weighting, reads_gramian, weights, state))
+        grads, new_state = base.guard_update(grads, new_state, state)
+        value = (found.losses, found.aux) if has_aux else found.losses
+        return (value, new_state), grads
+
+    return evaluate
+
+
+def _head_weights(weighting: Any, reads_gramian: bool, weights: Array, state: PyTree) -> Array:
+    rule = getattr(weighting, "head_weights", None)
+    if rule is not None:
+        return lax.stop_gradient(rule(state))
+    return jnp.ones_like(weights) if reads_gramian else weights
+
+
+def cross_gramian(
+    losses_fn: Callable[..., Any],
+    *,
+    in_axes: Any = None,
+    encoder: Callable[..., Any] | None = None,
+    shared: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Callable[[PyTree, tuple[Any, ...], tuple[Any, ...]], Array]:
+    """Make a function that returns `J_1 J_2^T` for two batches, as stochastic rules need it.
+
+    Args:
+      losses_fn: see `value_and_gramian`, as all keywords.
+      in_axes: see `value_and_gramian`.
+      encoder: see `value_and_gramian`.
+      shared: see `value_and_gramian`.
+      has_aux: see `value_and_gramian`; aux is dropped.
+      chunk_size: see `value_and_gramian`.
+
+    Returns:
+      A function `(params, args1, args2) -> (m1, m2)`, where `args1` and `args2` are the tuples of
+      arguments after params for the two batches. At least float32.
+
+    Raises:
+      ValueError: As in `value_and_gramian`, or if a tuple of arguments is not one.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.engine import cross_gramian
+    >>> def losses_fn(params, batch):
+    ...     return batch @ params
+    >>> first, second = jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([[2.0, 3.0], [0.0, 1.0]])
+    >>> print(cross_gramian(losses_fn)(jnp.ones(2), (first,), (second,)))
+    [[2. 0.]
+     [5. 1.]]
+    """
+    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+
+    def evaluate(params: PyTree, args1: tuple[Any, ...], args2: tuple[Any, ...]) -> Array:
+        for args in (args1, args2):
+            if not isinstance(args, tuple):
+                raise ValueError(
+                    f"expected the arguments of each batch as a tuple, got {type(args).__name__}; "
+                    "write cross_gramian(losses_fn)(params, (batch1,), (batch2,))"
+                )
+        return routes.cross(options, params, args1, args2)
+
+    return evaluate
+
+
+class Explanation(str):
+    """Text that prints as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def explain(
+    losses_fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    in_axes: Any = None,
+    encoder: Callable[..., Any] | None = None,
+    shared: Any = None,
+    has_aux: bool = False,
+    chunk_size: int | None = None,
+) -> Explanation:
+    """Tell how the Gramian of a losses function is computed; nothing is run.
+
+    Args:
+      losses_fn: see `value_and_gramian`, as all keywords.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+      *args: the arguments of `losses_fn`, likewise.
+      in_axes: see `value_and_gramian`.
+      encoder: see `value_and_gramian`.
+      shared: see `value_and_gramian`.
+      has_aux: see `value_and_gramian`.
+      chunk_size: see `value_and_gramian`.
+
+    Returns:
+      Text that names, with `in_axes`, for every parameter the path it takes and why; else, how rows
+      are contracted.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.engine import explain
+    >>> def example_loss(params, x):
+    ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
+    >>> params = {"w": jnp.ones((20, 30)), "b": jnp.ones(30)}
+    >>> explain(example_loss, params, jnp.ones((8, 20)), in_axes=(None, 0))
+    ['b']  float32[30]      per-example rows: used through another function of the parameter, by add
+    ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
+    """
+    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    found: list[routes.Evaluated] = []
+
+    def traced(params: PyTree, args: tuple[Any, ...]) -> None:
+        found.append(routes.evaluate(options, params, args))
+
+    jax.eval_shape(traced, params, args)
+    if in_axes is not None:
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        names = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
+        done = found[0].trace[0]
+        return Explanation(plan.describe(done.plan, names, [leaf for _, leaf in paths]))
+    linear: tasks.Linear = found[0].trace
+    of = "the features of the encoder" if encoder is not None else "the parameters"
+    if linear.push is not None:
+        size = min(chunk_size or 1, linear.losses.shape[0])
+        text = f"gradients of {of}, {size} at a time, pushed through the linearised losses"
+    else:
+        text = f"all gradients of {of} at once, row against row: {linear.reason}"
+    return Explanation(text)

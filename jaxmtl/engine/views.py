@@ -1,0 +1,178 @@
+"""Which entries of which parameters a PARAM value holds.
+
+A transposed, reshaped, sliced or concatenated parameter holds each entry at most once, so inner products of its
+gradients are inner products of gradients of the parameters themselves, and no per-example gradient is needed. Anything
+else (``W * mask``, a broadcast bias) has no view, and goes through the gradient of the parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jaxmtl.engine.program import CONST, PARAM, Call, Value, is_float
+
+Box = tuple[tuple[int, int, int], ...]  # (start, step, size) of each axis of a leaf
+
+_SAME = frozenset({"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"})
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Entries of parameters, each once.
+
+    Attributes:
+      pieces: `(leaf, box)` pairs that share no entry; the box is None where it is unknown.
+      axes: for each axis of the value (outside loops) the axis of the leaf that it runs over,
+        or None for an axis of length one; None as a whole where there is no such map.
+    """
+
+    pieces: tuple[tuple[int, Box | None], ...]
+    axes: tuple[int | None, ...] | None
+
+
+def leaves_of(value: Value) -> set[int]:
+    """Return the positions of the leaves that a value depends on."""
+    found: set[int] = set()
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        v = stack.pop()
+        if v in seen or v.kind == CONST:
+            continue
+        seen.add(v)
+        if v.leaf is not None:
+            found.add(v.leaf)
+        elif isinstance(v.origin, Value):
+            stack.append(v.origin)
+        elif v.origin is not None:
+            stack.extend(v.origin[0].ins)
+    return found
+
+
+def view(value: Value) -> View | None:
+    """Return the entries that a PARAM value holds, or None where it is not such a selection."""
+    if value.leaf is not None:
+        box = tuple((0, 1, n) for n in value.aval.shape)
+        return View(((value.leaf, box),), tuple(range(len(box))))
+    if isinstance(value.origin, Value):
+        return view(value.origin)
+    if value.origin is None:
+        return None
+    call, position = value.origin
+    if call.name == "concatenate":
+        return _concatenate([view(v) for v in call.ins], len(call.ins) == len(call.eqn.invars))
+    operands = [v for v in call.ins if v.kind == PARAM]
+    if len(operands) != 1 or operands[0].loops != value.loops or not is_float(operands[0].aval):
+        return None
+    operand = operands[0]
+    base = view(operand)
+    if base is None:
+        return None
+    return _step(base, call, position, operand, value)
+
+
+def _step(base: View, call: Call, position: int, operand: Value, value: Value) -> View | None:
+    params = call.eqn.params
+    prefix = len(value.loops)
+    if call.name in _SAME:
+        return base
+    if call.name == "transpose":
+        if base.axes is None:
+            return base
+        body = tuple(base.axes[prefix + axis] for axis in params["permutation"])
+        return View(base.pieces, base.axes[:prefix] + body)
+    if call.name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
+        if math.prod(operand.aval.shape) != math.prod(value.aval.shape):
+            return None
+        return View(base.pieces, _drop_and_add_units(base.axes, operand, value, prefix))
+    if call.name == "rev":
+        return View(_without_boxes(base), None)
+    if call.name == "slice":
+        steps = params["strides"] or (1,) * len(params["start_indices"])
+        return _slice(base, prefix, params["start_indices"], steps, value.aval.shape)
+    if call.name == "split":
+        axis = params["axis"]
+        starts = [0] * len(value.aval.shape)
+        starts[axis] = sum(params["sizes"][:position])
+        return _slice(base, prefix, starts, [1] * len(starts), value.aval.shape)
+    if call.name == "dynamic_slice" and all(v.kind == CONST for v in call.ins if v is not operand):
+        return View(_without_boxes(base), None)
+    return None
+
+
+def _without_boxes(base: View) -> tuple[tuple[int, Box | None], ...]:
+    return tuple((leaf, None) for leaf, _ in base.pieces)
+
+
+def _drop_and_add_units(
+    axes: tuple[int | None, ...] | None, operand: Value, value: Value, prefix: int
+) -> tuple[int | None, ...] | None:
+    old, new = operand.aval.shape, value.aval.shape
+    if axes is None or [n for n in old if n != 1] != [n for n in new if n != 1]:
+        return None
+    kept = iter([a for a, n in zip(axes[prefix:], old, strict=True) if n != 1])
+    return axes[:prefix] + tuple(None if n == 1 else next(kept) for n in new)
+
+
+def _slice(
+    base: View, prefix: int, starts: Sequence[int], steps: Sequence[int], sizes: Sequence[int]
+) -> View:
+    if base.axes is None or len(base.pieces) != 1 or base.pieces[0][1] is None:
+        return View(_without_boxes(base), None)
+    leaf, box = base.pieces[0]
+    assert box is not None
+    new = list(box)
+    for axis, start, step, size in zip(base.axes[prefix:], starts, steps, sizes, strict=True):
+        if axis is not None:
+            old_start, old_step, _ = new[axis]
+            new[axis] = (old_start + start * old_step, old_step * step, size)
+    return View(((leaf, tuple(new)),), base.axes)
+
+
+def _concatenate(views: Sequence[View | None], distinct: bool) -> View | None:
+    pieces: list[tuple[int, Box | None]] = []
+    for operand in views:
+        if operand is None or not distinct:
+            return None
+        if any(not _disjoint(p, q) for p in pieces for q in operand.pieces):
+            return None
+        pieces.extend(operand.pieces)
+    return View(tuple(pieces), None)
+
+
+def _disjoint(p: tuple[int, Box | None], q: tuple[int, Box | None]) -> bool:
+    if p[0] != q[0]:
+        return True
+    if p[1] is None or q[1] is None:
+        return False
+    return any(_separate(a, b) for a, b in zip(p[1], q[1], strict=True))
+
+
+def _separate(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    (start1, step1, size1), (start2, step2, size2) = a, b
+    if start1 + step1 * (size1 - 1) < start2 or start2 + step2 * (size2 - 1) < start1:
+        return True
+    return (start1 - start2) % math.gcd(step1, step2) != 0
+
+
+def overlap(v: Value, w: Value) -> bool:
+    """Whether gradients of two PARAM values can share an entry of a parameter."""
+    view_v, view_w = view(v), view(w)
+    if view_v is None or view_w is None:
+        return bool(leaves_of(v) & leaves_of(w))
+    return any(not _disjoint(p, q) for p in view_v.pieces for q in view_w.pieces)
+
+
+def keys(value: Value, same_value: bool) -> tuple[int | None, ...] | None:
+    """Return a name for each axis of a value, comparable between values that hold one box.
+
+    Args:
+      value: a PARAM value with a view.
+      same_value: whether it is compared with itself only, so that its own axes will do.
+    """
+    if same_value:
+        return tuple(range(len(value.shape)))
+    found = view(value)
+    return None if found is None else found.axes
