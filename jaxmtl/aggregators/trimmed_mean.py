@@ -1,0 +1,64 @@
+"""Coordinate-wise trimmed mean."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmtl import base, linalg
+
+
+def trimmed_mean(trim: int = 1, *, num_tasks: int | None = None) -> base.Aggregator:
+    """Averages, per coordinate, what is left after dropping the extremes.
+
+    Args:
+      trim: k, how many of the largest and how many of the smallest entries are dropped, at
+        least 0.
+      num_tasks: m, only to check against.
+
+    Returns:
+      An `Aggregator` without inner state; ``weighting`` is None. Needs ``m > 2 k``; if masking
+      leaves fewer rows, as many are dropped on both sides as leave at least one.
+
+    Raises:
+      ValueError: ``trim`` is negative or not an int; when tracing, if ``m <= 2 k``.
+
+    **Properties**: of degree 1, permutation-equivariant; conflicting, neither weighted nor
+    linear under scaling.
+
+    **Reference**: Yin et al. 2018, definition 2.
+
+    >>> import jax.numpy as jnp, jaxmtl
+    >>> params, jacobian = jnp.zeros(1), jnp.array([[1.0], [2.0], [3.0], [100.0]])
+    >>> aggregator = jaxmtl.trimmed_mean(1)
+    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
+    [2.5]
+    """
+    if isinstance(trim, bool) or not isinstance(trim, int) or trim < 0:
+        raise ValueError(f"expected trim to be an int of at least 0, got {trim!r}")
+
+    def aggregate(
+        jacobian: Any, state: Any, *, task_mask: jax.Array, **extra: Any
+    ) -> tuple[Any, Any]:
+        del extra
+        m = linalg.num_rows(jacobian)
+        if m <= 2 * trim:
+            raise ValueError(
+                f"trimmed_mean drops trim rows on each side: expected more than {2 * trim} "
+                f"tasks, got {m}; lower trim"
+            )
+        dtype = linalg.accumulation_dtype(jacobian)
+        present = jnp.sum(task_mask)
+        dropped = jnp.minimum(trim, (present - 1) // 2)
+        place = jnp.arange(m)
+        kept = (place >= dropped) & (place < present - dropped)
+
+        def leaf(rows: jax.Array) -> jax.Array:
+            column = (m,) + (1,) * (rows.ndim - 1)
+            ordered = jnp.sort(jnp.where(task_mask.reshape(column), rows, jnp.inf), axis=0)
+            total = jnp.sum(jnp.where(kept.reshape(column), ordered, 0).astype(dtype), 0)
+            return (total / jnp.maximum(jnp.sum(kept), 1)).astype(rows.dtype)
+
+        return jax.tree.map(leaf, jacobian), state
+
+    return base.from_rows(aggregate, num_tasks=num_tasks)

@@ -1,0 +1,281 @@
+"""Combinators: an aggregator in, an aggregator out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxmtl import base, linalg
+
+
+def _tasks_of(inner: base.Rule, num_tasks: int | None, name: str) -> int:
+    m = inner.num_tasks if num_tasks is None else num_tasks
+    base.check_num_tasks(m, required_by=name)
+    assert m is not None  # for the type checker: the line above has raised
+    return m
+
+
+class CRMOGMState(NamedTuple):
+    """State of `cr_mogm`.
+
+    Attributes:
+      mtl_step: int32 scalar, the number of steps so far, k - 1.
+      average: (m,) averaged weights, w_{k-1}.
+      inner: The wrapped rule's own state.
+    """
+
+    mtl_step: jax.Array
+    average: jax.Array
+    inner: Any
+
+
+def cr_mogm(
+    aggregator: base.Aggregator,
+    *,
+    alpha: float | Callable[[jax.Array], jax.Array] | str = 0.9,
+    learning_rate: float | Callable[[jax.Array], jax.Array] | None = None,
+    initial_weights: jax.Array | str | None = None,
+    num_tasks: int | None = None,
+) -> base.Aggregator:
+    """Averages another rule's weights over the steps.
+
+    ``w_k = alpha_k w_{k-1} + (1 - alpha_k) v_k`` with v_k the weights of the wrapped rule, so
+    that the weights are less correlated with the noise of the step's gradients.
+
+    Args:
+      aggregator: Any aggregator with a ``weighting``.
+      alpha: The rate: a number in [0, 1], an optax schedule (a function of the step, from 0), or
+        ``"corollary1"``: ``alpha_k = max(1 - eta_k/eta_1, 1 - eta_k/(eta_1 k sum_i |w_{k-1,i} -
+        v_{k,i}|))``, and ``1 - eta_k/eta_1`` where the sum is 0.
+      learning_rate: eta, a number or an optax schedule, for ``"corollary1"``: the one that the
+        optimizer uses.
+      initial_weights: w_0: (m,) numbers, None for 1/m each, or ``"first"`` for v_1.
+      num_tasks: m, required here or on the wrapped aggregator, unless ``initial_weights`` is a
+        vector; the state logs ``mtl_weights``.
+
+    Returns:
+      An `Aggregator` whose inner state is a `CRMOGMState`. The weights of absent tasks are kept
+      for their return.
+
+    Raises:
+      ValueError: No number of tasks, ``alpha`` out of range, ``"corollary1"`` without
+        ``learning_rate``, or an aggregator without ``weighting``.
+
+    **Properties**: weighted, permutation-equivariant; conflicting in general even if the wrapped
+    rule is not.
+
+    **Reference**: Zhou et al. 2022, algorithm 1, line 5, and corollary 1, whose division is
+    taken as written, with k times the sum in the denominator.
+
+    **Differs from** TorchJD, which starts from the first weights: ``initial_weights="first"``.
+
+    >>> import jax.numpy as jnp, jaxmtl
+    >>> params, jacobian = jnp.zeros(2), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> aggregator = jaxmtl.cr_mogm(jaxmtl.mgda(), alpha=0.5, num_tasks=2)
+    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
+    [0.65       0.70000005]
+    """
+    inner = base.inner_rule(aggregator, "cr_mogm")
+    first = isinstance(initial_weights, str)
+    if first:
+        base.check_choice("initial_weights", initial_weights, ("first",))
+    start = None if first else base.check_vector("initial_weights", initial_weights, num_tasks)
+    if start is not None and num_tasks is None:
+        num_tasks = start.size
+    m = _tasks_of(inner, num_tasks, "cr_mogm")
+    base.check_tasks(m, None if start is None else start.size)
+    if isinstance(alpha, str):
+        base.check_choice("alpha", alpha, ("corollary1",))
+        if learning_rate is None:
+            raise ValueError(
+                'alpha="corollary1" follows the learning rate: expected learning_rate=, a number '
+                "or a schedule, got None; pass the optimizer's"
+            )
+    elif not callable(alpha):
+        base.check_range("alpha", alpha, 0, 1)
+
+    def rate(step: jax.Array, average: jax.Array, weights: jax.Array) -> jax.Array:
+        if not isinstance(alpha, str):
+            return jnp.asarray(alpha(step) if callable(alpha) else alpha)
+        if callable(learning_rate):
+            ratio = learning_rate(step) / learning_rate(jnp.zeros_like(step))
+        else:
+            ratio = jnp.ones(())
+        moved = (step + 1) * jnp.sum(jnp.abs(average - weights))
+        adaptive = 1 - ratio / jnp.where(moved > 0, moved, 1)
+        return jnp.where(moved > 0, jnp.maximum(1 - ratio, adaptive), 1 - ratio)
+
+    def init() -> CRMOGMState:
+        dtype = jnp.result_type(float)
+        average = jnp.full((m,), 1 / m, dtype) if start is None else start.astype(dtype)
+        return CRMOGMState(jnp.zeros((), jnp.int32), average, inner.init())
+
+    def apply(
+        gramian: jax.Array, state: CRMOGMState, *, task_mask: jax.Array, **inputs: Any
+    ) -> tuple[jax.Array, CRMOGMState, jax.Array | None]:
+        weights, inner_state, residual = inner.apply(
+            gramian, state.inner, task_mask=task_mask, **inputs
+        )
+        average = state.average
+        if first:
+            average = jnp.where(state.mtl_step == 0, weights, average)
+        present = jnp.where(task_mask, average, weights)
+        a = rate(state.mtl_step, present, weights).astype(weights.dtype)
+        mixed = a * average + (1 - a) * weights
+        average = jnp.where(task_mask, mixed, average)
+        return average, CRMOGMState(state.mtl_step + 1, average, inner_state), residual
+
+    return base.from_rule(inner._replace(init=init, apply=apply, num_tasks=m))
+
+
+class EveryKState(NamedTuple):
+    """State of `every_k`.
+
+    Attributes:
+      mtl_step: int32 scalar, the number of steps so far.
+      weights: (m,) weights in use.
+      residual: Scalar, the residual of the solver that found them (0 without a solver).
+      inner: The wrapped rule's own state.
+    """
+
+    mtl_step: jax.Array
+    weights: jax.Array
+    residual: jax.Array
+    inner: Any
+
+
+def every_k(
+    aggregator: base.Aggregator, k: int, *, num_tasks: int | None = None
+) -> base.Aggregator:
+    """Finds another rule's weights anew at every k-th step only and keeps them in between.
+
+    Args:
+      aggregator: Any aggregator with a ``weighting``.
+      k: Period, at least 1. The first step always finds weights.
+      num_tasks: m, required here or on the wrapped aggregator; the state logs ``mtl_weights``.
+
+    Returns:
+      An `Aggregator` whose inner state is an `EveryKState`. The solver is skipped in between;
+      the Gramian, an input here, is not. A task absent when the weights were found keeps
+      weight 0 until they are found again.
+
+    Raises:
+      ValueError: ``k`` is not a positive int, no number of tasks is given, or the aggregator
+        has no ``weighting``.
+
+    **Reference**: Navon et al. 2022, section 3.2 ("update weights every").
+
+    >>> import jax.numpy as jnp, jaxmtl
+    >>> params = jnp.zeros(2)
+    >>> aggregator = jaxmtl.every_k(jaxmtl.mgda(), 2, num_tasks=2)
+    >>> state = aggregator.init(params)
+    >>> for scale in (1.0, 3.0, 3.0):
+    ...     jacobian = jnp.diag(jnp.array([1.0, scale]))
+    ...     update, state = aggregator.update(jacobian, state, params)
+    ...     print(state.mtl_weights)
+    [0.5 0.5]
+    [0.5 0.5]
+    [0.90000004 0.10000001]
+    """
+    inner = base.inner_rule(aggregator, "every_k")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"expected k to be an int of at least 1, got {k!r}")
+    m = _tasks_of(inner, num_tasks, "every_k")
+
+    def init() -> EveryKState:
+        dtype = jnp.result_type(float)
+        weights, residual = jnp.zeros((m,), dtype), jnp.zeros((), dtype)
+        return EveryKState(jnp.zeros((), jnp.int32), weights, residual, inner.init())
+
+    def apply(
+        gramian: jax.Array, state: EveryKState, **inputs: Any
+    ) -> tuple[jax.Array, EveryKState, jax.Array | None]:
+        def renew() -> tuple[jax.Array, jax.Array, Any]:
+            weights, inner_state, residual = inner.apply(gramian, state.inner, **inputs)
+            residual = 0 if residual is None else residual
+            fresh = (weights, residual, inner_state)
+            held = (state.weights, state.residual, state.inner)
+            return jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), fresh, held)
+
+        def hold() -> tuple[jax.Array, jax.Array, Any]:
+            return state.weights, state.residual, state.inner
+
+        weights, residual, inner_state = lax.cond(state.mtl_step % k == 0, renew, hold)
+        new = EveryKState(state.mtl_step + 1, weights, residual, inner_state)
+        return weights, new, residual if inner.residual else None
+
+    return base.from_rule(inner._replace(init=init, apply=apply, num_tasks=m))
+
+
+def scale_rows(
+    aggregator: base.Aggregator,
+    by: str = "norm",
+    *,
+    apply_to: str = "raw",
+    num_tasks: int | None = None,
+) -> base.Aggregator:
+    """Finds another rule's weights on gradients divided by their norm, loss, or both.
+
+    Args:
+      aggregator: Any aggregator with a ``weighting``.
+      by: ``"norm"``, ``"loss"`` (reads ``losses``; their magnitude) or ``"loss_norm"``, the
+        product. A row whose divisor is 0 is left as it is.
+      apply_to: ``"raw"``: the weights combine the raw rows; ``"scaled"``: the divided ones.
+      num_tasks: m; if given, here or on the wrapped aggregator, the state logs
+        ``mtl_weights``, the weights of the raw rows.
+
+    Returns:
+      An `Aggregator` with the inner state of the wrapped rule.
+
+    Raises:
+      ValueError: ``by`` or ``apply_to`` is unknown, the aggregator has no ``weighting``; when
+        tracing, ``losses`` is missing.
+
+    **Reference**: the normalisations ``l2``, ``loss`` and ``loss+`` of Sener and Koltun 2018's
+    code, which combines the raw rows; LibMTL combines the scaled ones.
+
+    >>> import jax.numpy as jnp, jaxmtl
+    >>> params, jacobian = jnp.zeros(2), jnp.array([[1.0, 0.0], [0.0, 3.0]])
+    >>> aggregator = jaxmtl.scale_rows(jaxmtl.mgda(), by="norm")
+    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
+    [0.5 1.5]
+    """
+    inner = base.inner_rule(aggregator, "scale_rows")
+    base.check_choice("by", by, ("norm", "loss", "loss_norm"))
+    base.check_choice("apply_to", apply_to, ("raw", "scaled"))
+    reads = inner.reads
+    for name in ("gramian",) if by == "norm" else ("gramian", "losses"):
+        reads = reads if name in reads else (*reads, name)
+
+    def apply(
+        gramian: jax.Array,
+        state: Any,
+        *,
+        losses: jax.Array | None,
+        log2_scale: jax.Array,
+        **inputs: Any,
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        divisor = jnp.ones(gramian.shape[:1], gramian.dtype)
+        own_scale = jnp.zeros((), jnp.int32)  # divisors are in units of 2**own_scale
+        if by != "loss":
+            divisor *= jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+            own_scale += log2_scale
+        if by != "norm":
+            divisor *= jnp.abs(losses).astype(gramian.dtype)
+        zero = divisor <= 0
+        least = jnp.frexp(jnp.min(jnp.where(zero, jnp.inf, divisor)))[1]
+        least = jnp.where(jnp.all(zero), 0, least)
+        inverse = jnp.where(zero, 1, 1 / linalg.ldexp(jnp.where(zero, 1, divisor), -least))
+        own_scale = own_scale + least
+        scaled, shift = linalg.normalise_gramian(gramian * inverse[:, None] * inverse[None, :])
+        weights, state, residual = inner.apply(
+            scaled, state, losses=losses, log2_scale=log2_scale - own_scale + shift, **inputs
+        )
+        if apply_to == "scaled":
+            weights = linalg.ldexp(weights * inverse, -own_scale)
+        return weights, state, residual
+
+    m = inner.num_tasks if num_tasks is None else num_tasks
+    return base.from_rule(inner._replace(apply=apply, reads=reads, num_tasks=m))

@@ -1,0 +1,266 @@
+"""Inner products and combinations of stacked per-task gradients.
+
+A *Jacobian* is a pytree whose leaves have shape ``(m, *leaf.shape)``: row i of
+every leaf belongs to task i. Precision, dtype, scaling and sharding are decided
+here and nowhere else: products are accumulated in at least float32 at the
+highest matmul precision, leaf by leaf, without ever concatenating leaves.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+PyTree = Any
+
+
+def accumulation_dtype(*trees: PyTree) -> jnp.dtype:
+    """Returns the dtype of inner products: the leaves' own, at least float32."""
+    return jnp.result_type(jnp.float32, *jax.tree.leaves(trees))
+
+
+def _replicated(x: jax.Array) -> NamedSharding | None:
+    # Explicit axes refuse a contraction of a sharded axis without a sharding for
+    # the result; automatic axes and single devices take None or the same answer.
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty:
+        mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else NamedSharding(mesh, PartitionSpec(None, None))
+
+
+def row_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the ``(m, k)`` inner products of the rows of ``x`` (m, *s) and ``y`` (k, *s)."""
+    axes = tuple(range(1, x.ndim))
+    return lax.dot_general(
+        x.astype(dtype),
+        y.astype(dtype),
+        ((axes, axes), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=_replicated(x),
+    )
+
+
+def num_rows(jacobian: PyTree) -> int:
+    """Returns m, the length that the leading axis of every leaf must share.
+
+    Raises:
+      ValueError: A leaf is a scalar, not of floating point, or disagrees on m.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(jacobian)
+    if not paths:
+        raise ValueError(
+            "expected a Jacobian with at least one leaf of shape (m, *leaf.shape), got an empty "
+            "pytree; pass the stacked per-task gradients, for instance from value_and_jacobian"
+        )
+    m = None
+    for path, leaf in paths:
+        name = jax.tree_util.keystr(path) or "the Jacobian"
+        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"expected floating point gradients, got {dtype} at {name}; differentiate with "
+                "respect to floating point parameters only (see optax.masked or eqx.partition)"
+            )
+        if not shape:
+            raise ValueError(
+                f"expected a leading task axis, got a scalar at {name}; stack the gradients of "
+                "the m tasks, as value_and_jacobian does"
+            )
+        m = shape[0] if m is None else m
+        if shape[0] != m:
+            raise ValueError(
+                f"expected every leaf to have the same number of tasks, got {m} and, at {name}, "
+                f"{shape[0]}; stack the gradients of all tasks in every leaf"
+            )
+    if not m:
+        raise ValueError("expected at least one task, got a Jacobian with no rows (m = 0)")
+    return m
+
+
+def gramian(jacobian: PyTree, other: PyTree | None = None) -> jax.Array:
+    """Computes the inner products of per-task gradients, ``J J^T`` or ``J K^T``.
+
+    Args:
+      jacobian: Pytree of floating point leaves of shape ``(m, *leaf.shape)``.
+      other: A second pytree of the same structure with leaves ``(k, *leaf.shape)``;
+        the first again if None.
+
+    Returns:
+      Array of shape ``(m, k)`` in the widest dtype of the leaves, at least float32.
+      Symmetric to the last bit if ``other`` is None.
+
+    Raises:
+      ValueError: Leaves disagree on m, are not of floating point, or ``other`` does
+        not have the structure and the trailing shapes of ``jacobian``.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl import gramian
+    >>> print(gramian({"w": jnp.array([[1.0, 2.0], [0.0, 1.0]]), "b": jnp.array([1.0, -1.0])}))
+    [[6. 1.]
+     [1. 2.]]
+    """
+    m = num_rows(jacobian)
+    dtype = accumulation_dtype(jacobian, other)
+    if other is None:
+        product = _sum_of_products(jacobian, jacobian, (m, m), dtype)
+        # A matmul need not round x.y and y.x alike.
+        return (product + product.T) / 2
+    k = num_rows(other)
+    left, right = jax.tree.structure(jacobian), jax.tree.structure(other)
+    if left != right:
+        raise ValueError(
+            f"expected two Jacobians of one structure, got {left} and {right}; "
+            "take both from the same parameters"
+        )
+    for x, y in zip(jax.tree.leaves(jacobian), jax.tree.leaves(other), strict=True):
+        if x.shape[1:] != y.shape[1:]:
+            raise ValueError(
+                f"expected leaves of equal shape after the task axis, got {x.shape} and {y.shape}; "
+                "take both Jacobians from the same parameters"
+            )
+    return _sum_of_products(jacobian, other, (m, k), dtype)
+
+
+def _sum_of_products(
+    jacobian: PyTree, other: PyTree, shape: tuple[int, int], dtype: jnp.dtype
+) -> jax.Array:
+    total = jnp.zeros(shape, dtype)
+    for x, y in zip(jax.tree.leaves(jacobian), jax.tree.leaves(other), strict=True):
+        total = total + row_products(x, y, dtype)
+    return total
+
+
+def combine(jacobian: PyTree, weights: jax.Array) -> PyTree:
+    """Computes ``J^T w``, the weighted sum of the rows.
+
+    Args:
+      jacobian: Pytree of leaves ``(m, *leaf.shape)``.
+      weights: Array ``(m,)``.
+
+    Returns:
+      Pytree of leaves of shape ``leaf.shape`` in each leaf's own dtype, accumulated
+      in at least float32.
+
+    Raises:
+      ValueError: ``weights`` does not have shape ``(m,)``.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl import combine
+    >>> print(combine(jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.array([1.0, 10.0])))
+    [ 1. 12.]
+    """
+    m = num_rows(jacobian)
+    if jnp.shape(weights) != (m,):
+        raise ValueError(
+            f"expected weights of shape ({m},), one per row of the Jacobian, "
+            f"got {jnp.shape(weights)}; pass one weight per task"
+        )
+    dtype = accumulation_dtype(jacobian, weights)
+
+    def leaf(x: jax.Array) -> jax.Array:
+        total = lax.dot_general(
+            weights.astype(dtype),
+            x.astype(dtype),
+            (((0,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
+        return total.astype(x.dtype)
+
+    return jax.tree.map(leaf, jacobian)
+
+
+def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns ``2**exponent`` exactly, clipped to the normal numbers of ``dtype``.
+
+    Built from the bits of the format: ``exp2`` is inexact on some backends.
+    """
+    info = jnp.finfo(dtype)
+    integer = {32: jnp.int32, 64: jnp.int64}[info.bits]
+    biased = jnp.clip(exponent, info.minexp, info.maxexp - 1).astype(integer) + (info.maxexp - 1)
+    return lax.bitcast_convert_type(biased << info.nmant, dtype)
+
+
+def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Computes ``x * 2**exponent`` without rounding, for every representable result.
+
+    In two factors: the whole power may lie outside the format when x does not.
+    """
+    half = exponent // 2
+    return x * power_of_two(half, x.dtype) * power_of_two(exponent - half, x.dtype)
+
+
+def _row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    # Per row: whether it has a non-zero entry, and e with 2^(e-1) <= |largest entry| < 2^e.
+    largest = jnp.zeros((m,), dtype)
+    for x in jax.tree.leaves(jacobian):
+        if x.size:
+            axes = tuple(range(1, x.ndim))
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(x), axis=axes).astype(dtype))
+    return largest > 0, jnp.frexp(largest)[1]
+
+
+def _scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
+    return jax.tree.map(
+        lambda x: ldexp(x.astype(dtype), exponent.reshape((-1,) + (1,) * (x.ndim - 1))), jacobian
+    )
+
+
+def row_norms(jacobian: PyTree) -> jax.Array:
+    """Returns the (m,) Euclidean norms of the rows, without overflow on the way."""
+    m, dtype = num_rows(jacobian), accumulation_dtype(jacobian)
+    _, exponent = _row_exponents(jacobian, m, dtype)
+    total = jnp.zeros((m,), dtype)
+    for x in jax.tree.leaves(_scale_rows(jacobian, -exponent, dtype)):
+        total = total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
+    return ldexp(jnp.sqrt(total), exponent)
+
+
+def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Computes the Gramian in units in which it can neither overflow nor vanish.
+
+    Each row is first scaled by an exact power of two of its largest entry, so that
+    multiplying all rows by a power of two changes no bit of the result as long as
+    their entries stay normal numbers.
+
+    Args:
+      jacobian: Pytree of leaves ``(m, *leaf.shape)``.
+
+    Returns:
+      A pair of the scaled ``(m, m)`` Gramian and an int32 scalar ``log2_scale``; the
+      Gramian of the rows themselves is ``gramian * 4**log2_scale``.
+    """
+    m = num_rows(jacobian)
+    dtype = accumulation_dtype(jacobian)
+    nonzero, exponent = _row_exponents(jacobian, m, dtype)
+    product = gramian(_scale_rows(jacobian, -exponent, dtype))
+    # A zero row has no scale of its own.
+    lowest = jnp.iinfo(exponent.dtype).min // 4
+    top = jnp.max(jnp.where(nonzero, exponent, lowest))
+    top = jnp.where(top == lowest, 0, top)
+    shift = power_of_two(jnp.minimum(exponent - top, 0), dtype)
+    return product * shift[:, None] * shift[None, :], top.astype(jnp.int32)
+
+
+def normalise_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scales a Gramian by an exact power of four so that its largest diagonal entry is near 1.
+
+    Returns:
+      A pair of the scaled Gramian, its largest diagonal entry in [1/2, 2), and an
+      int32 scalar ``log2_scale``; the input is the Gramian times ``4**log2_scale``.
+    """
+    _, exponent = jnp.frexp(jnp.max(jnp.diagonal(gramian)))
+    half = exponent // 2  # a power of four, so that square roots scale exactly too
+    return ldexp(gramian, -2 * half), half.astype(jnp.int32)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Tells whether every floating point leaf of ``tree`` is finite, as a scalar bool."""
+    finite = jnp.asarray(True)
+    for x in jax.tree.leaves(tree):
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            finite &= jnp.all(jnp.isfinite(x))
+    return finite

@@ -1,0 +1,63 @@
+"""Impartial multi-task learning: equal projections on every gradient."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxmtl import base
+from jaxmtl.solvers.quadratic import row_normalised
+
+
+def pseudo_inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the pseudo-inverse of a positive semi-definite (m, m) matrix and its rank.
+
+    Eigenvalues up to m machine epsilons times the largest count as zero.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    tolerance = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * values[-1]
+    kept = values > tolerance
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    return (vectors * inverse) @ vectors.T, jnp.sum(kept)
+
+
+def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
+    """Makes the update's projection on every gradient equal.
+
+    ``v = pinv(G) d`` with d the norms of the gradients; ``w = v / sum(v)``, and 0 where the sum
+    vanishes.
+
+    Args:
+      num_tasks: m; if given the state logs ``mtl_weights``.
+
+    Returns:
+      An `Aggregator` without inner state.
+
+    **Properties**: weighted, permutation-equivariant, of degree 1; not linear under scaling,
+    conflicting if the gradients are linearly dependent. The weights sum to 1 or are all 0; a
+    sum below m machine epsilons of the sum of magnitudes counts as 0. Zero rows have weight 0.
+
+    **Reference**: Liu et al. 2021 ("Towards impartial multi-task learning"), section 3.1, in
+    the form for every rank of Quinton and Rey 2024, eq. 28-30.
+
+    **Differs from** TorchJD in how the numerical rank is found: Gramians of full rank after
+    normalising the rows are solved in that form, which does not lose tasks of small gradient.
+
+    >>> import jax.numpy as jnp, jaxmtl
+    >>> params, jacobian = jnp.zeros(2), jnp.array([[3.0, 0.0], [0.0, 1.0]])
+    >>> aggregator = jaxmtl.imtl_g()
+    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
+    [0.75 0.75]
+    """
+
+    def weigh(gramian: jax.Array, task_mask: jax.Array) -> jax.Array:
+        m = gramian.shape[0]
+        unit, norms, zero = row_normalised(gramian)
+        present = (task_mask & ~zero).astype(gramian.dtype)
+        inverse, rank = pseudo_inverse(unit)
+        by_rows = inverse @ present / norms
+        by_gramian = pseudo_inverse(gramian)[0] @ (norms * present)
+        v = jnp.where(rank == m, by_rows, by_gramian) * present
+        total = jnp.sum(v)
+        vanishes = jnp.abs(total) <= m * jnp.finfo(v.dtype).eps * jnp.sum(jnp.abs(v))
+        return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total))
+
+    return base.from_weighting(weigh, num_tasks=num_tasks)
