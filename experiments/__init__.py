@@ -1,0 +1,1 @@
+"""One runnable module per study: its docstring has the command and the expected numbers."""

@@ -1,0 +1,383 @@
+"""MultiMNIST: read two overlapping digits with one network, by every method.
+
+    python -m experiments.multimnist
+
+@@DOC@@
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from rich.table import Table
+
+import jaxmtl
+from experiments._runs import Record, append_records, environment, mean_and_error, read_records
+from experiments.data.digit_pairs import DigitPairs, make_pairs, read_pairs
+from experiments.data.images import Images, load_sklearn_digits, load_tfds_images
+from experiments.methods import METHODS, inverse_sqrt
+from experiments.models.two_heads import DenseTrunk, LeNetTrunk, TwoHeads
+
+Params = Any  # {"trunk": ..., "left": ..., "right": ...}
+Carry = tuple[Params, Any]  # parameters and optimizer state, with a leading axis of seeds
+Metrics = dict[str, Any]
+InitState = Callable[[Params], Any]
+Epoch = Callable[[Carry, jax.Array, DigitPairs], tuple[Carry, Metrics]]
+
+TASKS = ("left", "right")
+
+# Zhou et al. 2022 (CR-MOGM), table 1: accuracy in percent of task-L and task-R, mean of 3 runs.
+PAPER = {
+    "mgda": (96.46, 95.29),
+    "cr_mgda": (96.92, 95.44),
+    "pcgrad": (96.63, 95.37),
+    "cr_pcgrad": (96.90, 95.75),
+    "cagrad": (96.47, 95.20),
+    "cr_cagrad": (96.85, 95.70),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the outcome of a run, besides method and seed."""
+
+    dataset: str
+    canvas: int  # side of the square on which both digits lie
+    partners: int  # right digits per left digit
+    batch_size: int
+    epochs: int
+    learning_rate: float  # eta of eta / sqrt(k), the same for every method
+    head_width: int
+    validation: bool = False  # test on the last sixth of the training digits, to choose options
+    max_steps: int | None = None  # per epoch, for smoke runs
+
+
+PRESETS = {
+    # 8 x 8 digits overlap by 4 x 4 pixels. 1,437 training digits are few: four partners each.
+    "digits": Options("digits", 12, 4, batch_size=32, epochs=15, learning_rate=0.5, head_width=32),
+    # The canvas, the network and the number of pairs of Sener and Koltun. Zhou et al. give no
+    # batch size for table 1; 32 keeps enough gradient noise for their point.
+    "mnist": Options("mnist", 36, 1, batch_size=32, epochs=2, learning_rate=0.5, head_width=50),
+}
+TRUNKS: dict[str, nn.Module] = {"digits": DenseTrunk(64), "mnist": LeNetTrunk()}
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def load_pairs(options: Options, data_dir: str | None) -> tuple[DigitPairs, DigitPairs]:
+    """Return training and test pairs; no digit is in both."""
+    loaders: dict[str, Callable[[str], Images]] = {
+        "digits": load_sklearn_digits,
+        "mnist": partial(load_tfds_images, "mnist", data_dir=data_dir),
+    }
+    load = loaders[options.dataset]
+    train = load("train")
+    if options.validation:
+        cut = len(train.labels) * 5 // 6
+        train, test = Images(*(a[:cut] for a in train)), Images(*(a[cut:] for a in train))
+    else:
+        test = load("test")
+    pairs = partial(make_pairs, partners=options.partners, statistics_of=train)
+    return pairs(train, seed=0), pairs(test, seed=1)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def make_model(options: Options) -> TwoHeads:
+    """Return the network of the data set."""
+    return TwoHeads(TRUNKS[options.dataset], options.head_width)
+
+
+def logits_of(model: TwoHeads, params: Params, images: jax.Array) -> jax.Array:
+    """Return the logits (2, b, 10)."""
+    return jnp.asarray(model.apply({"params": params}, images))
+
+
+def example_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the cross-entropies (2, b)."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def make_init(options: Options) -> Callable[[jax.Array], Params]:
+    """Return a compiled function from (seeds,) keys to the parameters of all seeds."""
+    model = make_model(options)
+    blank = jnp.zeros((1, options.canvas, options.canvas))
+    return jax.jit(jax.vmap(lambda key: model.init(key, blank)["params"]))
+
+
+def make_epoch(options: Options, method: str) -> tuple[InitState, Epoch]:
+    """Return the optimizer's init and one compiled epoch, a `scan` for all seeds at once."""
+    model = make_model(options)
+    optimizer = optax.chain(
+        METHODS[method](len(TASKS)),
+        optax.sgd(lambda step: options.learning_rate * inverse_sqrt(step)),
+    )
+
+    def task_losses(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = logits_of(model, params, images)
+        return example_losses(logits, labels).mean(axis=1)  # (2,)
+
+    def epoch(carry: Carry, key: jax.Array, data: DigitPairs) -> tuple[Carry, Metrics]:
+        def step(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Metrics]:
+            params, opt_state = carry
+            index, key = inputs
+            images, labels = read_pairs(data, index, options.canvas)
+            losses, jacobian = jaxmtl.value_and_jacobian(task_losses)(params, images, labels)
+            updates, opt_state = optimizer.update(
+                jacobian, opt_state, params, losses=losses, key=key
+            )
+            conflict = jaxmtl.gramian(jacobian["trunk"])[0, 1] < 0
+            metrics = {"train_loss": losses, "conflict_rate": conflict}
+            return (jaxmtl.apply_updates(params, updates), opt_state), metrics
+
+        order_key, step_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, len(data.left))
+        steps = options.max_steps or len(order) // options.batch_size
+        order = order[: steps * options.batch_size].reshape(steps, options.batch_size)
+        carry, metrics = lax.scan(step, carry, (order, jax.random.split(step_key, steps)))
+        return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    return jax.vmap(optimizer.init), jax.jit(jax.vmap(epoch, in_axes=(0, 0, None)))
+
+
+def make_evaluate(options: Options) -> Callable[[Params, DigitPairs], Metrics]:
+    """Return compiled test loss and accuracy of all seeds."""
+    model = make_model(options)
+
+    def evaluate(params: Params, data: DigitPairs) -> Metrics:
+        def one_pair(index: jax.Array) -> Metrics:
+            images, labels = read_pairs(data, index[None], options.canvas)
+            logits = logits_of(model, params, images)
+            correct = logits.argmax(axis=-1) == labels
+            return {
+                "test_loss": example_losses(logits, labels)[:, 0],
+                "test_accuracy": correct[:, 0],
+            }
+
+        metrics = lax.map(one_pair, jnp.arange(len(data.left)), batch_size=500)
+        return jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+    return jax.jit(jax.vmap(evaluate, in_axes=(0, None)))
+
+
+def train_methods(
+    options: Options,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    data: tuple[DigitPairs, DigitPairs],
+    results: Path,
+    console: Console,
+) -> None:
+    """Train what the results file does not hold yet; append one record per method and seed."""
+    done = {(record["method"], record["seed"]) for record in read_records(results)}
+    init, evaluate = make_init(options), make_evaluate(options)
+    bars = Progress(
+        SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn(), console=console
+    )
+    with bars:
+        bar = bars.add_task("", total=len(methods) * options.epochs)
+        for method in methods:
+            missing = [seed for seed in seeds if (method, seed) not in done]
+            if not missing:
+                bars.advance(bar, options.epochs)
+                continue
+            bars.update(bar, description=f"{method:<20}")
+            start = time.perf_counter()
+            keys = jax.vmap(jax.random.key)(jnp.asarray(missing))
+            params = init(keys)
+            init_state, epoch = make_epoch(options, method)
+            carry = params, init_state(params)
+            history: list[Metrics] = []
+            for number in range(1, options.epochs + 1):
+                epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+                carry, metrics = epoch(carry, epoch_keys, data[0])
+                history.append(jax.device_get(metrics | evaluate(carry[0], data[1])))
+                bars.advance(bar)
+                if not console.is_terminal:  # a log file shows no bar
+                    left, right = 100 * history[-1]["test_accuracy"].mean(axis=0)
+                    console.print(
+                        f"{method} epoch {number}/{options.epochs}: "
+                        f"test accuracy {left:.2f} % left, {right:.2f} % right"
+                    )
+            shared = {
+                "method": method,
+                "config": asdict(options),
+                **environment(),
+                "seconds_per_seed": round((time.perf_counter() - start) / len(missing), 2),
+            }
+            append_records(
+                results,
+                (
+                    shared | {"seed": seed, "history": history_of(history, i)}
+                    for i, seed in enumerate(missing)
+                ),
+            )
+
+
+def history_of(history: Sequence[Metrics], i: int) -> Record:
+    """Return the metrics of the i-th seed as lists with one entry per epoch."""
+    names = history[0]
+    return {name: np.round([epoch[name][i] for epoch in history], 5).tolist() for name in names}
+
+
+# --- report: from the results file alone ----------------------------------------------------------
+
+
+def summarise(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+    """Return, per method and quantity, the value of each seed after the last epoch."""
+    summary: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        history = record["history"]
+        values = {"conflict": 100 * float(np.mean(history["conflict_rate"]))}
+        for i, task in enumerate(TASKS):
+            values[f"{task} accuracy"] = 100 * history["test_accuracy"][-1][i]
+            values[f"{task} loss"] = history["test_loss"][-1][i]
+        for name, value in values.items():
+            summary.setdefault(record["method"], {}).setdefault(name, []).append(value)
+    order = list(METHODS)
+    return dict(sorted(summary.items(), key=lambda item: order.index(item[0])))
+
+
+def title_of(records: Sequence[Record]) -> str:
+    """Return what table and figure show."""
+    config = records[0]["config"]
+    seeds = len({record["seed"] for record in records})
+    return (
+        f"MultiMNIST ({config['dataset']}), test set after {config['epochs']} epochs: "
+        f"mean ± standard error of {seeds} seeds"
+    )
+
+
+def make_table(records: Sequence[Record]) -> Table:
+    """Return the table of test metrics, mean +- standard error over seeds."""
+    table = Table(title=title_of(records))
+    columns = {
+        "left accuracy": ("left acc. %", 2),
+        "right accuracy": ("right acc. %", 2),
+        "left loss": ("left loss", 3),
+        "right loss": ("right loss", 3),
+        "conflict": ("conflict %", 1),
+    }
+    table.add_column("method", no_wrap=True)
+    for header, _ in columns.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    beside_paper = records[0]["config"]["dataset"] == "mnist"
+    if beside_paper:
+        table.add_column("Zhou 2022, left / right", justify="right", no_wrap=True)
+    for method, summary in summarise(records).items():
+        cells = []
+        for name, (_, digits) in columns.items():
+            mean, error = mean_and_error(summary[name])
+            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+        if beside_paper:
+            cells.append("{:.2f} / {:.2f}".format(*PAPER[method]) if method in PAPER else "")
+        table.add_row(method, *cells)
+    return table
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Save the figure: accuracy, loss and conflict rate of every method."""
+    summary = summarise(records)
+    rows = np.arange(len(summary))
+    config = records[0]["config"]
+    figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    looks = {"left": ("tab:blue", "o", -0.15), "right": ("tab:orange", "s", 0.15)}
+
+    def dots(axis: Axes, name: str, colour: str, marker: str, shift: float = 0.0) -> None:
+        points = [mean_and_error(values[name]) for values in summary.values()]
+        mean, error = np.transpose(points)
+        axis.errorbar(mean, rows + shift, xerr=error, fmt=marker, color=colour, capsize=2)
+
+    for i, (task, (colour, marker, shift)) in enumerate(looks.items()):
+        dots(axes[0], f"{task} accuracy", colour, marker, shift)
+        dots(axes[1], f"{task} loss", colour, marker, shift)
+        axes[0].plot([], [], marker, color=colour, label=f"{task} digit")  # the legend's entry
+        if config["dataset"] == "mnist":
+            paper = [PAPER.get(method, (np.nan, np.nan))[i] for method in summary]
+            axes[0].plot(
+                paper, rows + shift, marker, color=colour, mfc="none", label=f"{task}, Zhou 2022"
+            )
+    dots(axes[2], "conflict", "tab:gray", "D")
+    labels = ("test accuracy (%)", "test loss", "steps with conflicting gradients (%)")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(rows, list(summary))
+    axes[0].invert_yaxis()
+    figure.suptitle(title_of(records))
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line; options that are not given come from the preset of the data set."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.multimnist")
+    add = parser.add_argument
+    add("--dataset", choices=PRESETS, default="digits")
+    add("--data-dir", help="TFDS folder of MNIST; by default TFDS's own, with download")
+    add("--out", type=Path, default=Path("results"), help="folder of results and figure")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    add("--seeds", type=int, default=5)
+    add("--epochs", type=int)
+    add("--batch-size", type=int)
+    add("--learning-rate", type=float)
+    add("--validation", action="store_true", default=None, help="test on held-out training digits")
+    add("--resume", action="store_true", help="keep what the results file holds already")
+    add("--report-only", action="store_true", help="table and figure of an existing results file")
+    add("--smoke", action="store_true", help="two seeds, one epoch, three steps")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, then report."""
+    args = parse(argv)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file or a pipe: do not fold the table
+    fields = ("epochs", "batch_size", "learning_rate", "validation")
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    if args.smoke:
+        given |= {"epochs": 1, "max_steps": 3}
+        args.seeds = 2
+    options = replace(PRESETS[args.dataset], **given)
+    results = args.out / f"multimnist_{args.dataset}.jsonl"
+    if not args.report_only:
+        if not args.resume:
+            results.unlink(missing_ok=True)
+        if any(record["config"] != asdict(options) for record in read_records(results)):
+            raise SystemExit(f"expected the options of {results}, got {options}; drop --resume")
+        data = load_pairs(options, args.data_dir)
+        train_methods(options, args.methods, range(args.seeds), data, results, console)
+    records = read_records(results)
+    if not records:
+        raise SystemExit(
+            f"expected results in {results}, got none; run without --report-only first"
+        )
+    console.print(make_table(records))
+    figure = results.with_suffix(".png")
+    draw(records, figure)
+    console.print(f"{results} -> {figure}")
+
+
+if __name__ == "__main__":
+    main()
