@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxmtl import base
 from jaxmtl.engine import plan, routes, tasks
+from jaxmtl.linalg import accumulation_dtype
 
 Array = Any
 PyTree = Any
@@ -144,16 +145,31 @@ def value_and_grad(
         found = routes.evaluate(options, params, args)
         if encoder is not None:
             extra.setdefault("features", found.features)
-        gramian = lax.stop_gradient(found.gramian()) if reads_gramian else None
         losses = lax.stop_gradient(found.losses)
+        if reads_gramian:
+            gramian = lax.stop_gradient(found.gramian())
+        else:  # which takes no more than m and the dtype from it
+            gramian = jnp.zeros((losses.shape[0],) * 2, accumulation_dtype(params, losses))
         weights, new_state = weighting.update(gramian, state, losses=losses, **extra)
         weights = lax.stop_gradient(weights)
         grads = found.pullback(weights, _head_weights(weighting, reads_gramian, weights, state))
-        grads, new_state = base.guard_update(grads, new_state, state)
+        ok = _finite(grads)
+        grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
+        new_state = base.skip_unless(ok, new_state, state)
         value = (found.losses, found.aux) if has_aux else found.losses
         return (value, new_state), grads
 
     return evaluate
+
+
+def _finite(grads: PyTree) -> Array:
+    # The largest entry tells, as NaN is passed on: one number per leaf, where isfinite(x) would be
+    # written out for every parameter before it is reduced.
+    largest = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(grads) if x.size]
+    ok = jnp.asarray(True)
+    for x in largest:
+        ok &= jnp.isfinite(x)
+    return ok
 
 
 def _head_weights(weighting: Any, reads_gramian: bool, weights: Array, state: PyTree) -> Array:

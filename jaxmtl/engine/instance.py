@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxmtl.engine import conv, execute, factors, gather, views
 from jaxmtl.engine.plan import Group, Plan, factors_of, make_plan, structure_of
@@ -186,6 +187,8 @@ def _structured(a: Pass, b: Pass, position: int, dtype: Any) -> Array:
 def gramian(done: Pass, rows: dict[int, Any], num_examples: int) -> Array:
     """Return the `(n, n)` Gramian of one pass, symmetric to the last bit."""
     total = cross_gramian(done, done, rows, rows, (num_examples, num_examples))
+    # Fused into its own transpose, the sum would not round alike on both sides.
+    total = lax.optimization_barrier(total)
     return (total + total.T) / 2
 
 

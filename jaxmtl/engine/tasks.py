@@ -159,5 +159,5 @@ def _by_rows(a: Linear, b: Linear, dtype: Any) -> Array:
 
 def gramian(linear: Linear, chunk_size: int | None) -> Array:
     """Return the `(m, m)` Gramian, symmetric to the last bit."""
-    total = cross_gramian(linear, linear, chunk_size)
+    total = lax.optimization_barrier(cross_gramian(linear, linear, chunk_size))
     return (total + total.T) / 2
