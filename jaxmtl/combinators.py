@@ -75,7 +75,7 @@ def cr_mogm(
     >>> params, jacobian = jnp.zeros(2), jnp.array([[1.0, 0.0], [0.0, 2.0]])
     >>> aggregator = jaxmtl.cr_mogm(jaxmtl.mgda(), alpha=0.5, num_tasks=2)
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
-    [0.65       0.70000005]
+    [0.65 0.7 ]
     """
     inner = base.inner_rule(aggregator, "cr_mogm")
     first = isinstance(initial_weights, str)
@@ -177,7 +177,7 @@ def every_k(
     ...     print(state.mtl_weights)
     [0.5 0.5]
     [0.5 0.5]
-    [0.90000004 0.10000001]
+    [0.9 0.1]
     """
     inner = base.inner_rule(aggregator, "every_k")
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
@@ -194,8 +194,7 @@ def every_k(
     ) -> tuple[jax.Array, EveryKState, jax.Array | None]:
         def renew() -> tuple[jax.Array, jax.Array, Any]:
             weights, inner_state, residual = inner.apply(gramian, state.inner, **inputs)
-            residual = 0 if residual is None else residual
-            fresh = (weights, residual, inner_state)
+            fresh = (weights, jnp.zeros(()) if residual is None else residual, inner_state)
             held = (state.weights, state.residual, state.inner)
             return jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), fresh, held)
 
@@ -263,7 +262,7 @@ def scale_rows(
             divisor *= jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
             own_scale += log2_scale
         if by != "norm":
-            divisor *= jnp.abs(losses).astype(gramian.dtype)
+            divisor *= jnp.abs(jnp.asarray(losses, gramian.dtype))
         zero = divisor <= 0
         least = jnp.frexp(jnp.min(jnp.where(zero, jnp.inf, divisor)))[1]
         least = jnp.where(jnp.all(zero), 0, least)

@@ -109,7 +109,8 @@ def gramian(jacobian: PyTree, other: PyTree | None = None) -> jax.Array:
         # A matmul need not round x.y and y.x alike.
         return (product + product.T) / 2
     k = num_rows(other)
-    left, right = jax.tree.structure(jacobian), jax.tree.structure(other)
+    left: Any = jax.tree.structure(jacobian)
+    right: Any = jax.tree.structure(other)
     if left != right:
         raise ValueError(
             f"expected two Jacobians of one structure, got {left} and {right}; "

@@ -97,7 +97,7 @@ def bargaining(
 
     # As if every task were alone, then scaled to solve the equations on average.
     alone = jnp.where(usable, jnp.exp(log_beta / (1 + p)), 1)
-    gap, wanted, residual = imbalance(alone)
+    gap, wanted, _ = imbalance(alone)
     gained = jnp.sum(jnp.where(usable, gap + wanted, 0))
     ratio = jnp.sum(jnp.where(usable, wanted, 0)) / jnp.where(gained > 0, gained, 1)
     ratio = jnp.clip(ratio, eps, 1 / eps) ** (1 / (1 + p))

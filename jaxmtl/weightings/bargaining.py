@@ -6,7 +6,9 @@ import jax.numpy as jnp
 from jaxmtl import base, solvers
 
 
-def _clip(weights: jax.Array, gramian: jax.Array, log2_scale: jax.Array, max_norm: float | None):
+def _clip(
+    weights: jax.Array, gramian: jax.Array, log2_scale: jax.Array, max_norm: float | None
+) -> jax.Array:
     if max_norm is None:
         return weights
     norm = jnp.sqrt(jnp.maximum(weights @ gramian @ weights, 0)) * jnp.exp2(
@@ -104,7 +106,7 @@ def fairgrad(
     >>> params, jacobian = jnp.zeros(2), jnp.array([[4.0, 0.0], [0.0, 1.0]])
     >>> aggregator = jaxmtl.fairgrad(2.0)
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
-    [0.62996054 1.        ]
+    [0.62996 1.     ]
     """
     base.check_range("alpha", alpha, 0)
     if max_norm is not None:

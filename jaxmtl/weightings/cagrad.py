@@ -60,7 +60,10 @@ def cagrad(
         reference = base.preference_weights(vector, task_mask, gramian.dtype)
         radius = jnp.asarray(c, gramian.dtype)
         weights, residual = solvers.worst_improvement(gramian, radius, reference, task_mask)
-        factor = {None: 1, "1/(1+c^2)": 1 / (1 + radius**2), "1/(1+c)": 1 / (1 + radius)}[rescale]
-        return solvers.Solution(weights * factor, residual)
+        if rescale == "1/(1+c^2)":
+            weights = weights / (1 + radius**2)
+        elif rescale == "1/(1+c)":
+            weights = weights / (1 + radius)
+        return solvers.Solution(weights, residual)
 
     return base.from_weighting(weigh, num_tasks=num_tasks, residual=True)

@@ -55,7 +55,7 @@ def config(*, preference: jax.Array | None = None, num_tasks: int | None = None)
         usable = task_mask & ~zero
         shares = base.preference_weights(vector, task_mask, gramian.dtype)
         cosines = jnp.where(usable, shares / jnp.max(shares), 0)
-        inverse, _ = pseudo_inverse(jnp.where(usable[:, None] & usable[None, :], unit, 0))
+        inverse, _, rounding = pseudo_inverse(jnp.where(usable[:, None] & usable[None, :], unit, 0))
         v = inverse @ cosines
         reached = unit @ v
         square = v @ reached
@@ -66,7 +66,8 @@ def config(*, preference: jax.Array | None = None, num_tasks: int | None = None)
             x = linalg.combine(rows, v)
             reached, square = _products(rows, x), linalg.gramian(_one_row(x))[0, 0]
         total = jnp.where(usable, norms, 0) @ reached  # sum_i g_i . x
-        vanishes = square <= jnp.finfo(v.dtype).tiny
+        # U x is the projection of p onto the range of U.
+        vanishes = jnp.linalg.norm(reached) <= rounding * jnp.linalg.norm(cosines)
         length = jnp.where(vanishes, 0, total / jnp.where(vanishes, 1, square))
         return jnp.where(usable, length * v / norms, 0)
 

@@ -35,7 +35,7 @@ def upgrad(*, preference: jax.Array | None = None, num_tasks: int | None = None)
     >>> import jax.numpy as jnp, jaxmtl
     >>> params, jacobian = jnp.zeros(2), jnp.array([[1.0, 0.0], [-1.0, 1.0]])
     >>> aggregator = jaxmtl.upgrad()
-    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
+    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0].round(3))
     [0.25 0.75]
     """
     vector = base.check_vector("preference", preference, num_tasks)

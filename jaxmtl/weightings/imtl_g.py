@@ -7,16 +7,21 @@ from jaxmtl import base
 from jaxmtl.solvers.quadratic import row_normalised
 
 
-def pseudo_inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the pseudo-inverse of a positive semi-definite (m, m) matrix and its rank.
+def pseudo_inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inverts a positive semi-definite (m, m) matrix on its range.
 
     Eigenvalues up to m machine epsilons times the largest count as zero.
+
+    Returns:
+      The pseudo-inverse (m, m), the rank, and the relative size below which a sum over its
+      columns is rounding: a multiple of the machine epsilon and the condition number.
     """
     values, vectors = jnp.linalg.eigh(matrix)
     tolerance = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * values[-1]
     kept = values > tolerance
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    return (vectors * inverse) @ vectors.T, jnp.sum(kept)
+    rounding = 16 * tolerance * jnp.max(inverse)
+    return (vectors * inverse) @ vectors.T, jnp.sum(kept), rounding
 
 
 def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
@@ -33,7 +38,8 @@ def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
 
     **Properties**: weighted, permutation-equivariant, of degree 1; not linear under scaling,
     conflicting if the gradients are linearly dependent. The weights sum to 1 or are all 0; a
-    sum below m machine epsilons of the sum of magnitudes counts as 0. Zero rows have weight 0.
+    sum within rounding of 0, relative to the sum of magnitudes, counts as 0. Zero rows have
+    weight 0.
 
     **Reference**: Liu et al. 2021 ("Towards impartial multi-task learning"), section 3.1, in
     the form for every rank of Quinton and Rey 2024, eq. 28-30.
@@ -52,12 +58,13 @@ def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
         m = gramian.shape[0]
         unit, norms, zero = row_normalised(gramian)
         present = (task_mask & ~zero).astype(gramian.dtype)
-        inverse, rank = pseudo_inverse(unit)
-        by_rows = inverse @ present / norms
-        by_gramian = pseudo_inverse(gramian)[0] @ (norms * present)
-        v = jnp.where(rank == m, by_rows, by_gramian) * present
+        unit_inverse, rank, unit_rounding = pseudo_inverse(unit)
+        inverse, _, rounding = pseudo_inverse(gramian)
+        full = rank == m
+        v = jnp.where(full, unit_inverse @ present / norms, inverse @ (norms * present)) * present
         total = jnp.sum(v)
-        vanishes = jnp.abs(total) <= m * jnp.finfo(v.dtype).eps * jnp.sum(jnp.abs(v))
+        rounding = jnp.where(full, unit_rounding, rounding)
+        vanishes = jnp.abs(total) <= rounding * jnp.sum(jnp.abs(v))
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total))
 
     return base.from_weighting(weigh, num_tasks=num_tasks)
