@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base
-from jaxmtl.engine import plan, routes, tasks
+from jaxmtl.engine import factors, plan, routes, tasks
 from jaxmtl.linalg import accumulation_dtype
 
 Array = Any
@@ -145,7 +145,7 @@ def value_and_grad(
         found = routes.evaluate(options, params, args)
         if encoder is not None:
             extra.setdefault("features", found.features)
-        losses = lax.stop_gradient(found.losses)
+        losses = factors.whole(lax.stop_gradient(found.losses))
         if reads_gramian:
             gramian = lax.stop_gradient(found.gramian())
         else:  # which takes no more than m and the dtype from it

@@ -1,0 +1,156 @@
+"""Random programs made of the primitives that have rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from jaxmtl.engine import value_and_gramian
+
+T, D = 2, 4  # every activation is (T, D), every matrix (D, D), so that any order of steps is valid
+NUM_LEAVES = {"matrix": 3, "vector": 2, "kernel": 2, "table": 1}
+
+
+def make_params(rng):
+    shapes = {"matrix": (D, D), "vector": (D,), "kernel": (3, 1, D, D), "table": (7, D)}
+    return {
+        f"{kind}{i}": rng.normal(size=shapes[kind]) / 2
+        for kind, count in NUM_LEAVES.items()
+        for i in range(count)
+    }
+
+
+def _conv(h, kernel, groups, stride, dilation):
+    total = (3 - 1) * dilation
+    out = lax.conv_general_dilated(
+        h[None, :, None],
+        kernel[:, :, : D // groups],
+        (stride, 1),
+        [(total // 2, total - total // 2), (0, 0)],
+        rhs_dilation=(dilation, 1),
+        feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )[0, :, 0]
+    return jnp.resize(out, (T, D))
+
+
+def _scan(h, w, b):
+    return lax.scan(lambda c, x: (jnp.tanh(x @ w + c + b),) * 2, b, h)[1]
+
+
+def _stack(h, w, v):
+    layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+    return lax.scan(layer, h, jnp.stack([w, v.T, w]))[0]
+
+
+MATRIX = {
+    "dense": lambda h, w: h @ w,
+    "transposed": lambda h, w: h @ w.T,
+    "left": lambda h, w: jnp.tanh(w[:T, :T] @ h),
+    "masked": lambda h, w: h @ (w * jnp.triu(jnp.ones((D, D)))),
+    "halves": lambda h, w: jnp.concatenate([h @ w[:, : D // 2], h @ w[:, D // 2 :]], -1),
+    "heads": lambda h, w: jnp.einsum("td,dhe->the", h, w.reshape(D, 2, D // 2)).reshape(T, D),
+    "stopped": lambda h, w: h @ lax.stop_gradient(w) + w[0],
+    "diagonal": lambda h, w: jnp.einsum("td,dd->td", h, w),
+    "batched": lambda h, w: jnp.einsum("td,ted->te", h, jnp.stack([w, w.T])),
+    "jitted": lambda h, w: jax.jit(lambda a, b: jax.nn.relu(a) @ b)(h, w),
+    "cond": lambda h, w: lax.cond(h[0, 0] > 0, lambda: h @ w, lambda: h - w[0]),
+}
+VECTOR = {
+    "bias": lambda h, v: h + v,
+    "scale": lambda h, v: h * v,
+    "norm": lambda h, v: v * h / jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + 1),
+    "exponent": lambda h, v: h * jnp.exp(v)[None],
+    "maximum": lambda h, v: jnp.maximum(h, v),
+    "half": lambda h, v: h.at[:, :2].add(v[2:]),
+    "row": lambda h, v: jnp.concatenate([v[None], h[1:]]),
+    "outer": lambda h, v: h + jnp.outer(h[:, 0], v),
+}
+SCALAR = {"tanh": jnp.tanh, "gelu": jax.nn.gelu, "softmax": jax.nn.softmax, "reverse": jnp.flip}
+
+
+def step():
+    matrix = st.integers(0, NUM_LEAVES["matrix"] - 1)
+    vector = st.integers(0, NUM_LEAVES["vector"] - 1)
+    kernel = st.integers(0, NUM_LEAVES["kernel"] - 1)
+    return st.one_of(
+        st.tuples(st.just("matrix"), st.sampled_from(sorted(MATRIX)), matrix),
+        st.tuples(st.just("vector"), st.sampled_from(sorted(VECTOR)), vector),
+        st.tuples(st.just("scalar"), st.sampled_from(sorted(SCALAR))),
+        st.tuples(
+            st.just("conv"), kernel, st.sampled_from([1, 2, D]), st.integers(1, 2), st.integers(1, 2)
+        ),
+        st.tuples(st.just("lookup"), st.booleans()),
+        st.tuples(st.just("scan"), matrix, vector),
+        st.tuples(st.just("stack"), matrix, matrix),
+    )
+
+
+def make_loss(steps):
+    def loss(params, x, index):
+        h = x
+        for kind, *choice in steps:
+            if kind == "matrix":
+                h = MATRIX[choice[0]](h, params[f"matrix{choice[1]}"])
+            elif kind == "vector":
+                h = VECTOR[choice[0]](h, params[f"vector{choice[1]}"])
+            elif kind == "scalar":
+                h = SCALAR[choice[0]](h)
+            elif kind == "conv":
+                h = _conv(h, params[f"kernel{choice[0]}"], *choice[1:])
+            elif kind == "lookup":
+                table = params["table0"]
+                h = h + (table[index] if choice[0] else (h @ table.T)[:, :D])
+            elif kind == "scan":
+                h = _scan(h, params[f"matrix{choice[0]}"], params[f"vector{choice[1]}"])
+            else:
+                h = _stack(h, *(params[f"matrix{i}"] for i in choice))
+        return jnp.sum(jnp.sin(h))
+
+    return loss
+
+
+def check(steps, seed):
+    rng = np.random.default_rng(seed)
+    loss, params = make_loss(steps), make_params(rng)
+    x, index, weights = rng.normal(size=(3, T, D)), rng.integers(0, 7, (3, T)), rng.normal(size=3)
+
+    def both(params, x, index):
+        _, gramian, pullback = value_and_gramian(loss, in_axes=(None, 0, 0))(params, x, index)
+        jacobian = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, index)
+        rows = jnp.concatenate([r.reshape(3, -1) for r in jax.tree.leaves(jacobian)], 1)
+        grads = jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(pullback(weights))])
+        return gramian, rows @ rows.T, grads, weights @ rows
+
+    with jax.enable_x64(True):
+        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+        compiled = jax.jit(both).lower(params, x, index).compile(options)
+        gramian, expected, grads, expected_grads = compiled(params, x, index)
+    scale = np.max(np.abs(expected)) + 1e-30
+    assert np.max(np.abs(gramian - expected)) <= 1e-12 * scale
+    assert np.max(np.abs(grads - expected_grads)) <= 4e-12 * np.sqrt(scale)
+
+
+PROGRAMS = {"steps": st.lists(step(), min_size=1, max_size=6), "seed": st.integers(0, 2**31)}
+SETTINGS = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "print_blob": True,
+    "database": None,
+}
+
+
+@settings(max_examples=8, derandomize=True, **SETTINGS)
+@given(**PROGRAMS)
+def test_random_programs(steps, seed):
+    check(steps, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, **SETTINGS)
+@given(**PROGRAMS)
+def test_many_random_programs(steps, seed):
+    check(steps, seed)
