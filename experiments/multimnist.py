@@ -68,7 +68,7 @@ class Options:
 
 PRESETS = {
     # 8 x 8 digits overlap by 4 x 4 pixels. 1,437 training digits are few: four partners each.
-    "digits": Options("digits", 12, 4, batch_size=32, epochs=15, learning_rate=0.5, head_width=32),
+    "digits": Options("digits", 12, 4, batch_size=32, epochs=10, learning_rate=1.0, head_width=32),
     # The canvas, the network and the number of pairs of Sener and Koltun. Zhou et al. give no
     # batch size for table 1; 32 keeps enough gradient noise for their point.
     "mnist": Options("mnist", 36, 1, batch_size=32, epochs=2, learning_rate=0.5, head_width=50),

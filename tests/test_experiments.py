@@ -2,19 +2,18 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("sklearn")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
+nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
-from experiments import multimnist
-from experiments._runs import mean_and_error
-from experiments.data.digit_pairs import make_pairs, paint, read_pairs
-from experiments.data.images import load_sklearn_digits
-from experiments.methods import METHODS
+from experiments import multimnist  # noqa: E402
+from experiments._runs import mean_and_error  # noqa: E402
+from experiments.data.digit_pairs import make_pairs, paint, read_pairs  # noqa: E402
+from experiments.data.images import load_sklearn_digits  # noqa: E402
+from experiments.methods import METHODS  # noqa: E402
+from experiments.models.two_heads import ConvPool  # noqa: E402
 
 
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
@@ -77,6 +76,15 @@ def test_pairs_take_every_digit_as_left_one_and_never_twice_the_same():
     assert images.shape == (10, 12, 12)
     assert labels.shape == (2, 10)
     np.testing.assert_array_equal(labels[1], digits.labels[np.asarray(pairs.right[:10])])
+
+
+def test_convolution_with_pooling_is_what_flax_computes():
+    x = jax.random.normal(jax.random.key(0), (2, 16, 12, 3))
+    ours = ConvPool(features=4, size=5)
+    params = ours.init(jax.random.key(1), x)
+    flax_conv = nn.Conv(features=4, kernel_size=(5, 5), padding="VALID")
+    expected = nn.max_pool(flax_conv.apply(params, x), (2, 2), strides=(2, 2))
+    np.testing.assert_allclose(ours.apply(params, x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_standard_error_is_that_of_the_mean():

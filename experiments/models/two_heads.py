@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 
-class PatchConv(nn.Module):
-    """A valid convolution written as one matrix product over its patches.
+class ConvPool(nn.Module):
+    """A valid convolution and a 2 x 2 maximum over its output, as one matrix product.
 
     XLA's CPU convolutions are not threaded inside a `scan` and turn into grouped convolutions
-    under `vmap` over seeds or tasks: this form is about ten times as fast there.
+    under `vmap` over seeds or tasks: this form takes less than a tenth of their time there.
+    A pooling window sees one patch of side ``size + 1``; four shifted copies of the kernel give
+    its four values.
     """
 
     features: int
@@ -21,17 +23,27 @@ class PatchConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map (b, h, w, c) to (b, h - size + 1, w - size + 1, features)."""
-        height, width = x.shape[1] - self.size + 1, x.shape[2] - self.size + 1
-        shifts = [(i, j) for i in range(self.size) for j in range(self.size)]
-        patches = [x[:, i : i + height, j : j + width] for i, j in shifts]
-        return nn.Dense(self.features)(jnp.concatenate(patches, axis=-1))
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """Halve height and width (a reshape: the gradient of `reduce_window` is slow on CPU)."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
+        """Map (b, h, w, c) to (b, (h - size + 1) / 2, (w - size + 1) / 2, features)."""
+        b, _, _, c = x.shape
+        shape = (self.size, self.size, c, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        h, w = ((side - self.size + 1) // 2 for side in x.shape[1:3])
+        shifts = range(self.size + 1)
+        patches = jnp.concatenate(
+            [x[:, i : i + 2 * h : 2, j : j + 2 * w : 2] for i in shifts for j in shifts], axis=-1
+        )
+        nothing = (0, 0)
+        kernels = jnp.stack(
+            [
+                jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), nothing, nothing))
+                for i in (0, 1)
+                for j in (0, 1)
+            ],
+            axis=3,
+        )  # (size + 1, size + 1, c, 4, features)
+        values = patches.reshape(b * h * w, -1) @ kernels.reshape(-1, 4 * self.features)
+        return values.reshape(b, h, w, 4, self.features).max(axis=3) + bias
 
 
 class LeNetTrunk(nn.Module):
@@ -40,8 +52,8 @@ class LeNetTrunk(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map (b, h, w) to (b, 50)."""
-        x = nn.relu(max_pool(PatchConv(10, 5)(images[..., None])))
-        x = nn.relu(max_pool(PatchConv(20, 5)(x)))
+        x = nn.relu(ConvPool(10, 5)(images[..., None]))
+        x = nn.relu(ConvPool(20, 5)(x))
         return nn.relu(nn.Dense(50)(x.reshape(x.shape[0], -1)))
 
 
