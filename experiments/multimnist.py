@@ -35,8 +35,9 @@ from experiments.models.two_heads import DenseTrunk, LeNetTrunk, TwoHeads
 Params = Any  # {"trunk": ..., "left": ..., "right": ...}
 Carry = tuple[Params, Any]  # parameters and optimizer state, with a leading axis of seeds
 Metrics = dict[str, Any]
+Order = tuple[jax.Array, jax.Array]  # (steps, batch) indices of pairs, (steps,) keys
 InitState = Callable[[Params], Any]
-Epoch = Callable[[Carry, jax.Array, DigitPairs], tuple[Carry, Metrics]]
+Epoch = Callable[[Carry, Order, DigitPairs], tuple[Carry, Metrics]]
 
 TASKS = ("left", "right")
 
@@ -121,6 +122,18 @@ def make_init(options: Options) -> Callable[[jax.Array], Params]:
     return jax.jit(jax.vmap(lambda key: model.init(key, blank)["params"]))
 
 
+def make_order(options: Options, num_pairs: int) -> Callable[[jax.Array, int], Order]:
+    """Return a compiled function from (seeds,) keys and the epoch's number to its minibatches."""
+    steps = options.max_steps or num_pairs // options.batch_size
+
+    def order_of(key: jax.Array, epoch: jax.Array) -> Order:
+        order_key, step_key = jax.random.split(jax.random.fold_in(key, epoch))
+        order = jax.random.permutation(order_key, num_pairs)[: steps * options.batch_size]
+        return order.reshape(steps, options.batch_size), jax.random.split(step_key, steps)
+
+    return jax.jit(jax.vmap(order_of, in_axes=(0, None)))
+
+
 def make_epoch(options: Options, method: str) -> tuple[InitState, Epoch]:
     """Return the optimizer's init and one compiled epoch, a `scan` for all seeds at once."""
     model = make_model(options)
@@ -133,8 +146,8 @@ def make_epoch(options: Options, method: str) -> tuple[InitState, Epoch]:
         logits = logits_of(model, params, images)
         return example_losses(logits, labels).mean(axis=1)  # (2,)
 
-    def epoch(carry: Carry, key: jax.Array, data: DigitPairs) -> tuple[Carry, Metrics]:
-        def step(carry: Carry, inputs: tuple[jax.Array, jax.Array]) -> tuple[Carry, Metrics]:
+    def epoch(carry: Carry, order: Order, data: DigitPairs) -> tuple[Carry, Metrics]:
+        def step(carry: Carry, inputs: Order) -> tuple[Carry, Metrics]:
             params, opt_state = carry
             index, key = inputs
             images, labels = read_pairs(data, index, options.canvas)
@@ -146,11 +159,7 @@ def make_epoch(options: Options, method: str) -> tuple[InitState, Epoch]:
             metrics = {"train_loss": losses, "conflict_rate": conflict}
             return (jaxmtl.apply_updates(params, updates), opt_state), metrics
 
-        order_key, step_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(data.left))
-        steps = options.max_steps or len(order) // options.batch_size
-        order = order[: steps * options.batch_size].reshape(steps, options.batch_size)
-        carry, metrics = lax.scan(step, carry, (order, jax.random.split(step_key, steps)))
+        carry, metrics = lax.scan(step, carry, order)
         return carry, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
     return jax.vmap(optimizer.init), jax.jit(jax.vmap(epoch, in_axes=(0, 0, None)))
@@ -187,6 +196,7 @@ def train_methods(
     """Train what the results file does not hold yet; append one record per method and seed."""
     done = {(record["method"], record["seed"]) for record in read_records(results)}
     init, evaluate = make_init(options), make_evaluate(options)
+    order = make_order(options, len(data[0].left))
     bars = Progress(
         SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn(), console=console
     )
@@ -205,8 +215,7 @@ def train_methods(
             carry = params, init_state(params)
             history: list[Metrics] = []
             for number in range(1, options.epochs + 1):
-                epoch_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-                carry, metrics = epoch(carry, epoch_keys, data[0])
+                carry, metrics = epoch(carry, order(keys, number), data[0])
                 history.append(jax.device_get(metrics | evaluate(carry[0], data[1])))
                 bars.advance(bar)
                 if not console.is_terminal:  # a log file shows no bar
@@ -257,38 +266,36 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
 def title_of(records: Sequence[Record]) -> str:
     """Return what table and figure show."""
     config = records[0]["config"]
-    seeds = len({record["seed"] for record in records})
     return (
-        f"MultiMNIST ({config['dataset']}), test set after {config['epochs']} epochs: "
-        f"mean ± standard error of {seeds} seeds"
+        f"MultiMNIST ({config['dataset']}), test set after {config['epochs']} epochs, "
+        "mean ± standard error over seeds"
     )
 
 
 def make_table(records: Sequence[Record]) -> Table:
-    """Return the table of test metrics, mean +- standard error over seeds."""
+    """Return the table of test metrics, beside the paper's where it has them."""
     table = Table(title=title_of(records))
-    columns = {
-        "left accuracy": ("left acc. %", 2),
-        "right accuracy": ("right acc. %", 2),
-        "left loss": ("left loss", 3),
-        "right loss": ("right loss", 3),
-        "conflict": ("conflict %", 1),
-    }
     table.add_column("method", no_wrap=True)
-    for header, _ in columns.values():
-        table.add_column(header, justify="right", no_wrap=True)
+    for header in ("left acc. %", "right acc. %", "left loss", "right loss", "conflict %"):
+        table.add_column(header, justify="right")
     beside_paper = records[0]["config"]["dataset"] == "mnist"
     if beside_paper:
-        table.add_column("Zhou 2022, left / right", justify="right", no_wrap=True)
+        table.add_column("Zhou 2022 acc. %", justify="right")
+    table.add_column("seeds", justify="right")
     for method, summary in summarise(records).items():
-        cells = []
-        for name, (_, digits) in columns.items():
-            mean, error = mean_and_error(summary[name])
-            cells.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
+        cells = [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
+        cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
+        cells += [show(summary["conflict"], digits=1)]
         if beside_paper:
-            cells.append("{:.2f} / {:.2f}".format(*PAPER[method]) if method in PAPER else "")
-        table.add_row(method, *cells)
+            cells += ["{:.2f} / {:.2f}".format(*PAPER[method]) if method in PAPER else ""]
+        table.add_row(method, *cells, str(len(summary["conflict"])))
     return table
+
+
+def show(values: Sequence[float], *, digits: int) -> str:
+    """Return "mean ± standard error"."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
