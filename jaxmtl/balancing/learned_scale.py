@@ -60,8 +60,8 @@ def uncertainty_weighting(
     >>> state = weighting.init()
     >>> for _ in range(2):
     ...     weights, state = weighting.update(None, state, losses=jnp.array([1.0, 3.0]))
-    >>> print(weights)
-    [0.5        0.45241874]
+    >>> print([f"{w:.3f}" for w in weights])
+    ['0.500', '0.495']
     """
     base.check_num_tasks(num_tasks, required_by="uncertainty_weighting")
     kinds = [kind] * (num_tasks or 1) if isinstance(kind, str) else list(kind)
@@ -128,8 +128,8 @@ def imtl_l(
     >>> state = weighting.init()
     >>> for _ in range(2):
     ...     weights, state = weighting.update(None, state, losses=jnp.array([1.0, 3.0]))
-    >>> print(weights)
-    [1.         0.81873074]
+    >>> print([f"{w:.3f}" for w in weights])
+    ['1.000', '0.990']
     """
     base.check_num_tasks(num_tasks, required_by="imtl_l")
     stepper = default_optimizer() if optimizer is None else optimizer

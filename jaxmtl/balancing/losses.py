@@ -17,6 +17,7 @@ def from_losses(
     *,
     init: Callable[[], PyTree] = tuple,
     num_tasks: int | None = None,
+    reads: tuple[str, ...] = (),
 ) -> base.Aggregator:
     """Makes an aggregator of a function from the losses to weights.
 
@@ -25,6 +26,7 @@ def from_losses(
         in at least float32 and 1 for absent tasks, and task_mask (m,) bool.
       init: ``init() -> state``.
       num_tasks: m; if given the state logs ``mtl_weights``.
+      reads: Names of the inputs besides ``losses`` that the rule cannot do without.
 
     Returns:
       An `Aggregator` that reads ``losses`` and never the Gramian: one backward pass.
@@ -42,7 +44,7 @@ def from_losses(
         weights, state = weigh(losses, state, task_mask, **inputs)
         return weights, state, None
 
-    return base.from_rule(base.Rule(init, apply, ("losses",), num_tasks))
+    return base.from_rule(base.Rule(init, apply, ("losses", *reads), num_tasks))
 
 
 def positive_part(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -95,3 +97,19 @@ def learn(
     values = optax.apply_updates(state.values, updates)
     values, new = keep((values, new), (state.values, inner), task_mask)
     return LearnedState(values, tuple(jax.tree.leaves(new)))
+
+
+class ExtendedWeighting(base.Weighting):
+    """A weighting with further functions of its state as attributes."""
+
+
+def extend(aggregator: base.Aggregator, **functions: Callable[..., Any]) -> base.Aggregator:
+    """Returns the aggregator with named functions on its ``weighting``.
+
+    ``head_weights(state, task_mask=None) -> (m,)`` is the one that `value_and_grad` looks for: the
+    weights, at the state before the step, of the parameters that ``shared=`` leaves out.
+    """
+    weighting = ExtendedWeighting(*aggregator.weighting)
+    for name, function in functions.items():
+        setattr(weighting, name, function)
+    return base.Aggregator(aggregator.init, aggregator.update, weighting)
