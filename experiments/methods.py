@@ -10,8 +10,12 @@ import jaxmtl
 
 
 def inverse_sqrt(step: jax.Array) -> jax.Array:
-    """Return eta_k / eta_1 = 1 / sqrt(k), k = step + 1: the schedule of Zhou 2022, corollary 1."""
-    return 1 / jnp.sqrt(step + 1.0)
+    """Return eta_k / eta_1 = 1 / sqrt(1 + (k - 1) / 100), the shape of all learning rates.
+
+    It is O(1 / sqrt k), as corollary 1 of Zhou 2022 asks. The literal 1 / sqrt k falls tenfold in
+    the first 100 steps: a rate that is stable at the start is then far too small for the rest.
+    """
+    return 1 / jnp.sqrt(1 + step / 100)
 
 
 def _cr(aggregator: jaxmtl.Aggregator, num_tasks: int) -> jaxmtl.Aggregator:

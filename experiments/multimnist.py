@@ -61,18 +61,18 @@ class Options:
     partners: int  # right digits per left digit
     batch_size: int
     epochs: int
-    learning_rate: float  # eta of eta / sqrt(k), the same for every method
+    learning_rate: float  # eta_1; it falls as `inverse_sqrt`, and is the same for every method
     head_width: int
     validation: bool = False  # test on the last sixth of the training digits, to choose options
-    max_steps: int | None = None  # per epoch, for smoke runs
+    max_steps: int | None = None  # per epoch, for trials and smoke runs
 
 
 PRESETS = {
     # 8 x 8 digits overlap by 4 x 4 pixels. 1,437 training digits are few: four partners each.
-    "digits": Options("digits", 12, 4, batch_size=32, epochs=10, learning_rate=1.0, head_width=32),
+    "digits": Options("digits", 12, 4, batch_size=32, epochs=10, learning_rate=0.2, head_width=32),
     # The canvas, the network and the number of pairs of Sener and Koltun. Zhou et al. give no
     # batch size for table 1; 32 keeps enough gradient noise for their point.
-    "mnist": Options("mnist", 36, 1, batch_size=32, epochs=2, learning_rate=0.5, head_width=50),
+    "mnist": Options("mnist", 36, 1, batch_size=32, epochs=1, learning_rate=0.2, head_width=50),
 }
 TRUNKS: dict[str, nn.Module] = {"digits": DenseTrunk(64), "mnist": LeNetTrunk()}
 
@@ -242,7 +242,10 @@ def train_methods(
 def history_of(history: Sequence[Metrics], i: int) -> Record:
     """Return the metrics of the i-th seed as lists with one entry per epoch."""
     names = history[0]
-    return {name: np.round([epoch[name][i] for epoch in history], 5).tolist() for name in names}
+    return {
+        name: np.round(np.array([epoch[name][i] for epoch in history], np.float64), 5).tolist()
+        for name in names
+    }
 
 
 # --- report: from the results file alone ----------------------------------------------------------
@@ -346,6 +349,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     add("--seeds", type=int, default=5)
     add("--epochs", type=int)
+    add("--max-steps", type=int, help="per epoch, for trials")
     add("--batch-size", type=int)
     add("--learning-rate", type=float)
     add("--validation", action="store_true", default=None, help="test on held-out training digits")
@@ -361,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 120  # a log file or a pipe: do not fold the table
-    fields = ("epochs", "batch_size", "learning_rate", "validation")
+    fields = ("epochs", "max_steps", "batch_size", "learning_rate", "validation")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if args.smoke:
         given |= {"epochs": 1, "max_steps": 3}
