@@ -287,6 +287,17 @@ def concatenated_parameters():
     return loss, params, (normal(5, 6, 4),)
 
 
+def sliced_twice():
+    params = {"w": normal(1, 4, 4)}
+
+    def loss(p, x):
+        for _ in range(2):  # the halves are apart, but each half has uses of two layouts
+            x = jnp.tanh(jnp.concatenate([x @ p["w"][:, :2], x @ p["w"][:, 2:]]))
+        return jnp.sum(x)
+
+    return loss, params, (normal(5, 3, 4),)
+
+
 def sliced_layers():
     params = {"w": normal(1, 3, 30, 30) / 5, "unused": normal(2, 3)}
 
@@ -361,6 +372,7 @@ NETWORKS = {
     "derived": derived_parameters,
     "concatenated": concatenated_parameters,
     "sliced layers": sliced_layers,
+    "sliced twice": sliced_twice,
     "custom derivatives": custom_derivatives,
     "control flow": control_flow,
     "parameters alone": loss_of_parameters_alone,
@@ -424,4 +436,5 @@ def test_explains_which_path_each_leaf_takes(name, leaf, path):
     example_loss, params, args = NETWORKS[name]()
     text = explain(example_loss, params, *args, in_axes=(None, 0))
     lines = [line for line in text.splitlines() if line.startswith(leaf)]
-    assert lines and all(path in line for line in lines), text
+    assert lines, text
+    assert all(path in line for line in lines), text

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmtl import base, linear_scalarization, trimmed_mean
-from jaxmtl.engine import cross_gramian, explain, value_and_gramian, value_and_grad
+from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_aux(route):
     assert aux["none"] is None
     mean = linear_scalarization()
     step = value_and_grad(with_aux, mean, has_aux=True, **kwargs)
-    ((losses, aux), state), grads = step(params, mean.init(params), x)
+    ((_, aux), _), grads = step(params, mean.init(params), x)
     assert aux["b"].shape == (*lead, 6)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
 
@@ -377,7 +377,7 @@ def test_rules_that_read_no_gramian_cost_one_backward_pass(route):
     pieces = value_and_gramian(funs[route], **options[route])
 
     def by_hand(params, x):
-        losses, gramian, pullback = pieces(params, x)
+        losses, _, pullback = pieces(params, x)
         return losses, pullback(jnp.full(losses.shape, 1 / losses.shape[0]))
 
     assert flops(by_hand, params, x) <= 1.1 * one_gradient

@@ -56,8 +56,8 @@ def compare(loss, params, x):
         return gramian, rows @ rows.T, grads, weights @ rows
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    gramian, expected, grads, expected_grads = jax.jit(both).lower(params, x).compile(options)(
-        params, x
+    gramian, expected, grads, expected_grads = (
+        jax.jit(both).lower(params, x).compile(options)(params, x)
     )
     scale = np.max(np.abs(expected))
     assert np.max(np.abs(gramian - expected)) <= 1e-12 * scale
@@ -69,7 +69,9 @@ def test_linen(name):
     make, shape, integers = LINEN[name]
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
-        x = jnp.asarray(rng.integers(0, 11, (3, *shape)) if integers else rng.normal(size=(3, *shape)))
+        x = jnp.asarray(
+            rng.integers(0, 11, (3, *shape)) if integers else rng.normal(size=(3, *shape))
+        )
         model = make()
         variables = jax.eval_shape(model.init, jax.random.key(0), x[0])
         params = jax.tree.map(
@@ -109,7 +111,8 @@ from jaxmtl.engine import value_and_gramian, value_and_grad
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-params = {"w": normal(6, 5), "b": normal(5), "k": normal(3, 2, 4), "e": normal(7, 6), "v": normal(5, 5)}
+params = {"w": normal(6, 5), "b": normal(5), "k": normal(3, 2, 4), "e": normal(7, 6)}
+params["v"] = normal(5, 5)
 x, y, t = normal(8, 6), normal(8, 9, 2), jnp.asarray(rng.integers(0, 7, (8, 2)))
 
 

@@ -81,7 +81,11 @@ def step():
         st.tuples(st.just("vector"), st.sampled_from(sorted(VECTOR)), vector),
         st.tuples(st.just("scalar"), st.sampled_from(sorted(SCALAR))),
         st.tuples(
-            st.just("conv"), kernel, st.sampled_from([1, 2, D]), st.integers(1, 2), st.integers(1, 2)
+            st.just("conv"),
+            kernel,
+            st.sampled_from([1, 2, D]),
+            st.integers(1, 2),
+            st.integers(1, 2),
         ),
         st.tuples(st.just("lookup"), st.booleans()),
         st.tuples(st.just("scan"), matrix, vector),

@@ -49,8 +49,8 @@ def value_and_gramian(
       A function `(params, *args) -> (losses, gramian, pullback)`, or `((losses, aux), gramian,
       pullback)`. `losses` has shape `(m,)`; `gramian` has shape `(m, m)` in the widest dtype of the
       parameters, at least float32; `pullback(weights, head_weights=None)` is a
-      `jax.tree_util.Partial` that returns a pytree like params. `head_weights` (h above) are ones if
-      None. With `in_axes`, aux is stacked over examples.
+      `jax.tree_util.Partial` that returns a pytree like params. `head_weights` (h above) are ones
+      if None. With `in_axes`, aux is stacked over examples.
 
     Raises:
       ValueError: The losses have the wrong shape, `in_axes` or batch sizes do not match, parameters
@@ -64,7 +64,8 @@ def value_and_gramian(
     >>> def example_loss(params, x):
     ...     return jnp.vdot(params, x) ** 2 / 2
     >>> params, batch = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
-    >>> losses, gramian, pullback = value_and_gramian(example_loss, in_axes=(None, 0))(params, batch)
+    >>> fun = value_and_gramian(example_loss, in_axes=(None, 0))
+    >>> losses, gramian, pullback = fun(params, batch)
     >>> print(losses)
     [0.5 4.5]
     >>> print(gramian)  # of the gradients (1, 0) and (3, 3)
@@ -95,8 +96,8 @@ def value_and_grad(
 ) -> Callable[..., tuple[tuple[Any, PyTree], PyTree]]:
     """Make a function that returns losses and the aggregated gradient, without the Jacobian.
 
-    The same as `value_and_gramian`, then `aggregator.weighting.update`, then `pullback`. A rule that
-    does not read the Gramian costs one forward and one backward pass. A step whose weights or
+    The same as `value_and_gramian`, then `aggregator.weighting.update`, then `pullback`. A rule
+    that does not read the Gramian costs one forward and one backward pass. A step whose weights or
     gradients are not finite gives zero gradients, keeps the state and adds one to `mtl_skipped`.
 
     Args:
@@ -125,7 +126,8 @@ def value_and_grad(
     >>> def losses_fn(params, targets):
     ...     return (params - targets) ** 2 / 2
     >>> params, state = jnp.zeros(2), mean.init(jnp.zeros(2))
-    >>> (losses, state), grads = value_and_grad(losses_fn, mean)(params, state, jnp.array([1.0, 2.0]))
+    >>> step = value_and_grad(losses_fn, mean)
+    >>> (losses, state), grads = step(params, state, jnp.array([1.0, 2.0]))
     >>> print(losses, grads)
     [0.5 2. ] [-0.5 -1. ]
     """
@@ -142,7 +144,7 @@ def value_and_grad(
     reads_gramian = rule is None or "gramian" in rule.reads
 
     def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
-        found = routes.evaluate(options, params, args)
+        found = routes.evaluate(options, params, args, reads_gramian)
         if encoder is not None:
             extra.setdefault("features", found.features)
         losses = factors.whole(lax.stop_gradient(found.losses))
@@ -269,7 +271,7 @@ def explain(
     ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
     >>> params = {"w": jnp.ones((20, 30)), "b": jnp.ones(30)}
     >>> explain(example_loss, params, jnp.ones((8, 20)), in_axes=(None, 0))
-    ['b']  float32[30]      per-example rows: used through another function of the parameter, by add
+    ['b']  float32[30]      per-example rows: no larger than the operands and cotangents of add
     ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
     """
     options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)

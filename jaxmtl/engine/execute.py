@@ -124,7 +124,7 @@ def run(
 
 
 def _read(env: Env, value: Value) -> Array:
-    return env[value] if value in env else value.literal
+    return env.get(value, value.literal)
 
 
 def _run_steps(

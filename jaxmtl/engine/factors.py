@@ -115,7 +115,7 @@ def arrange(
 
         def ordered(entries: list[tuple[int, int]]) -> list[int]:
             kept = [(names[a], axis + 1) for a, axis in entries if shape[a] != 1]
-            return [axis for _, axis in sorted(kept)]  # type: ignore[type-var]
+            return [axis for _, axis in sorted(kept)]
 
         first, last = ordered(shared), ordered(own)
         middle = [i for i in range(1, array.ndim) if i not in (*units, *first, *last)]

@@ -32,7 +32,7 @@ def factors(use: Use) -> Factors | None:
         if any(n != m for a, (n, m) in enumerate(zip(shape, sizes, strict=True)) if a != axes[0]):
             return None
         others = [a for a in range(len(shape)) if a != axes[0]]
-        right = zip(others, (depth + i for i in numbers.offset_dims), strict=True)
+        right = list(zip(others, (depth + i for i in numbers.offset_dims), strict=True))
         return Factors((), (), tuple(right), lookup=axes[0])
     if use.name == "dynamic_slice":
         sizes = use.eqn.params["slice_sizes"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.engine import conv, execute, factors, gather, views
+from jaxmtl.engine.factors import Structure
 from jaxmtl.engine.plan import Group, Plan, factors_of, make_plan, structure_of
 from jaxmtl.engine.program import Use, build
 from jaxmtl.linalg import accumulation_dtype
@@ -37,6 +38,7 @@ class Pass:
     cotangents: list[list[Array]]
 
     def env(self) -> execute.Env:
+        """Return the values that all examples share, as far as they are known."""
         return execute.derive(self.plan.program, self.leaves, self.constants)
 
 
@@ -169,7 +171,7 @@ def _structured(a: Pass, b: Pass, position: int, dtype: Any) -> Array:
     # Two passes have two programs of equal structure.
     group_a, group_b = a.plan.groups[position], b.plan.groups[position]
     alone = len(group_a.values) == 1
-    structures = [structure_of(use, alone) for use in group_a.uses]
+    structures = [cast(Structure, structure_of(use, alone)) for use in group_a.uses]
     left = [_factors(a, group_a, use) for use in group_a.uses]
     right = left if a is b else [_factors(b, group_b, use) for use in group_b.uses]
     total = jnp.zeros((), dtype)
@@ -177,7 +179,7 @@ def _structured(a: Pass, b: Pass, position: int, dtype: Any) -> Array:
         for j, q in enumerate(right):
             if a is b and j > i:
                 continue
-            pairing = structures[i].pairing(structures[j])  # type: ignore[union-attr,arg-type]
+            pairing = structures[i].pairing(structures[j])
             assert pairing is not None
             block = factors.cross_block(p, q, pairing, dtype)
             total = total + (block if a is not b or i == j else block + block.T)
@@ -223,9 +225,10 @@ def weighted_gradient(
             value = group.values[0]
             add(value, _combine(weights, kept[i], dtype).astype(value.aval.dtype))
         elif i in kept:
-            from_rows.update(
-                {leaf: _combine(weights, rows, dtype) for leaf, rows in kept[i].items()}
-            )
+            for leaf, rows in kept[i].items():
+                # Groups of disjoint slices of one leaf each have rows of the whole leaf.
+                grad = _combine(weights, rows, dtype)
+                from_rows[leaf] = from_rows[leaf] + grad if leaf in from_rows else grad
         else:
             for use in group.uses:
                 for value, cotangent in zip(

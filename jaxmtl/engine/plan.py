@@ -18,6 +18,7 @@ _MEMORY_COST = 16
 # Rows are kept for the weighted sum if they take at most this many times the memory of what they
 # are made of; beyond it they are dropped and the weighted sum is taken afresh.
 _KEEP_ROWS = 4
+_LOOKUPS = ("gather", "dynamic_slice")
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,7 +73,8 @@ def make_plan(
     groups = _group(program)
     for group in groups:
         counted = {in_gramian[leaf] for leaf in group.leaves}
-        _choose(group, num_examples, mixed=len(counted) > 1)
+        leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
+        _choose(group, num_examples, leaf_size, mixed=len(counted) > 1)
         if counted == {False}:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
@@ -105,13 +107,16 @@ def _group(program: Program) -> list[Group]:
     return groups
 
 
-def _choose(group: Group, n: int, mixed: bool) -> None:
+def _choose(group: Group, n: int, leaf_size: int, mixed: bool) -> None:
     seen = [views.view(v) for v in group.values]
     alone = len(group.values) == 1
     names = ", ".join(dict.fromkeys(use.name for use in group.uses))
-    row_size = sum(math.prod(v.shape) for v in group.values)
-    sources = sum(math.prod(v.aval.shape) for use in group.uses for v in (*use.data, *use.outs))
-    group.keep = row_size <= _KEEP_ROWS * sources
+    sources = sum(
+        math.prod(loop.length for loop in use.loops) * math.prod(v.aval.shape)
+        for use in group.uses
+        for v in (*use.data, *use.outs)
+    )
+    group.keep = leaf_size <= _KEEP_ROWS * sources
     if mixed or any(v is None for v in seen):
         group.method = "leaf rows"
         group.reason = f"used through another function of the parameter, by {names}"
@@ -124,11 +129,12 @@ def _choose(group: Group, n: int, mixed: bool) -> None:
     if None in structures or None in pairings or (len(boxes) > 1 and not alone):
         group.method = "rows" if alone else "leaf rows"
         missing = [u.name for u, s in zip(group.uses, structures, strict=True) if s is None]
-        group.reason = (
-            f"no structured rule for {', '.join(dict.fromkeys(missing))}"
-            if missing
-            else f"uses of different shape, by {names}"
-        )
+        if not missing:
+            group.reason = f"uses of different shape, by {names}"
+        elif leaf_size <= sources:
+            group.reason = f"no larger than the operands and cotangents of {names}"
+        else:
+            group.reason = f"no structured rule for {', '.join(dict.fromkeys(missing))}"
         if missing == ["conv_general_dilated"] and conv.supported(group.uses[0]):
             group.reason = "convolution: the gradients of examples are products of shifted inputs"
         return
@@ -158,8 +164,8 @@ def _costs(group: Group, n: int) -> tuple[float, float]:
     size = math.prod(group.values[0].shape)
     by_rows = 2.0 * n * n * size + _MEMORY_COST * 2 * n * size
     for use, (t, _, _) in zip(group.uses, positions, strict=True):
-        lookup = factors_of(use).lookup is not None  # type: ignore[union-attr]
-        by_rows += 2.0 * n * t * size if not lookup else _MEMORY_COST * n * size
+        # A lookup's row is written, not multiplied out.
+        by_rows += _MEMORY_COST * n * size if use.name in _LOOKUPS else 2.0 * n * t * size
     return by_factors, by_rows
 
 
@@ -171,10 +177,13 @@ def describe(plan: Plan, names: Sequence[str], leaves: Sequence[jax.ShapeDtypeSt
         "leaf rows": "per-example rows",
     }
     lines = []
-    width = max([len(name) for name in names], default=0)
-    for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+    shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
+    longest = max(map(len, shapes))
+    shapes = [f"{shape:<{longest}}" for shape in shapes]
+    width = max(map(len, names))
+    for i, name in enumerate(names):
         found = [g for g in plan.groups if i in g.leaves]
-        shape = f"{leaf.dtype}{list(leaf.shape)}"
+        shape = shapes[i]
         if not found:
             lines.append(f"{name:<{width}}  {shape}  unused: no example depends on it")
         for group in found:

@@ -3,13 +3,14 @@
 Every value of the traced loss is one of four kinds:
 
 * ``CONST``: depends neither on the parameters nor on the example;
-* ``PARAM``: a differentiable function of the parameters alone (a leaf, its transpose, ``W * mask``);
-* ``FROZEN``: depends on the parameters, but carries no derivative (``stop_gradient(W)``, ``W > 0``);
+* ``PARAM``: a differentiable function of the parameters alone (a leaf, its transpose, W * mask);
+* ``FROZEN``: depends on the parameters, but carries no derivative (stop_gradient(W), W > 0);
 * ``DATA``: everything else.
 
-An equation that mixes PARAM and DATA operands is a *use*. The cotangents of the outputs of all uses determine every
-gradient, and they come from one backward pass. Calls that receive parameters (``jit``, ``remat``, ``scan``) are opened,
-so that uses are single primitives; PARAM values computed inside a loop are hoisted out of it.
+An equation that mixes PARAM and DATA operands is a *use*. The cotangents of the outputs of all uses
+determine every gradient, and they come from one backward pass. Calls that receive parameters (jit,
+remat, scan) are opened, so that uses are single primitives; PARAM values computed inside a loop are
+hoisted out of it.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Value:
     Attributes:
       aval: shape and dtype, as seen inside the innermost loop.
       kind: CONST, PARAM, FROZEN or DATA.
-      loops: for kinds other than DATA, the opened loops its value changes with, outermost first. Outside those loops
-        its array has one more leading axis per loop.
+      loops: for kinds other than DATA, the opened loops its value changes with, outermost first.
+        Outside those loops its array has one more leading axis per loop.
       origin: `(call, position)` that computes it, or the outer `Value` it is one slice of.
       leaf: position among the parameter leaves, for a leaf.
       literal: its value, for a literal.
@@ -145,7 +146,7 @@ def is_float(aval: Any) -> bool:
 
 
 def derived(value: Value) -> bool:
-    """Whether the value depends on the parameters alone, so that it is computed outside the loops."""
+    """Whether the value depends on the parameters alone: it is computed outside all loops."""
     return value.kind in (PARAM, FROZEN)
 
 
@@ -277,7 +278,7 @@ class _Builder:
         invars = closed.jaxpr.invars
         loop = Loop(length, len(loops))
         inner = (*loops, loop)
-        init = [self.as_data(v, v.aval, steps, loops) for v in init]
+        start = tuple(self.as_data(v, v.aval, steps, loops) for v in init)
         carry = [Value(var.aval, DATA) for var in invars[num_consts : num_consts + num_carry]]
         slices = [
             Value(var.aval, v.kind)
@@ -288,11 +289,11 @@ class _Builder:
         body: list[Any] = []
         first_use = len(self.uses)
         body_consts = [self.constant(c) for c in closed.consts]
-        outs = self.inline(closed.jaxpr, [*body_consts, *consts, *carry, *slices], body, inner)
-        outs = [
+        found = self.inline(closed.jaxpr, [*body_consts, *consts, *carry, *slices], body, inner)
+        outs = tuple(
             self.as_data(v, var.aval, body, inner)
-            for v, var in zip(outs, closed.jaxpr.outvars, strict=True)
-        ]
+            for v, var in zip(found, closed.jaxpr.outvars, strict=True)
+        )
         results = tuple(Value(var.aval, DATA) for var in eqn.outvars)
         plain = [(v, s) for v, s in zip(xs, slices, strict=True) if not derived(v)]
         steps.append(
@@ -300,13 +301,13 @@ class _Builder:
                 loop,
                 eqn.params["reverse"],
                 eqn.params["unroll"],
-                tuple(init),
+                start,
                 tuple(carry),
                 tuple(v for v, _ in plain),
                 tuple(s for _, s in plain),
                 body,
-                tuple(outs[:num_carry]),
-                tuple(outs[num_carry:]),
+                outs[:num_carry],
+                outs[num_carry:],
                 results,
                 tuple(self.uses[first_use:]),
             )
@@ -323,9 +324,11 @@ def build(closed: Any, num_leaves: int, batched: Sequence[bool]) -> Program:
       batched: for each other input, whether it changes from example to example.
 
     Returns:
-      The program. Its `constants` are the closed-over arrays followed by the inputs shared by all examples.
+      The program. Its `constants` are the closed-over arrays, then the inputs that all examples
+      share.
     """
-    builder, steps = _Builder(), []
+    builder = _Builder()
+    steps: list[Any] = []
     invars = closed.jaxpr.invars
     closed_over = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
     leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]

@@ -106,6 +106,7 @@ class Pull:
     leaves: Callable[..., list[Array]]
 
     def __call__(self, residual: Any, weights: Array, head_weights: Array | None = None) -> PyTree:
+        """Return a pytree like the parameters."""
         weights = jnp.asarray(weights)
         grads = self.leaves(residual, weights, self.shared)
         if not all(self.shared):
@@ -118,10 +119,23 @@ class Pull:
         return jax.tree.unflatten(self.treedef, grads)
 
 
-def evaluate(options: Options, params: PyTree, args: tuple[Any, ...]) -> Evaluated:
-    """Run the losses once and prepare the rest."""
+def evaluate(
+    options: Options, params: PyTree, args: tuple[Any, ...], needs_gramian: bool = True
+) -> Evaluated:
+    """Run the losses once and prepare the rest.
+
+    Args:
+      options: what the user asked for.
+      params: the parameters.
+      args: the arguments of the losses function after them.
+      needs_gramian: False if only losses and pullback will be used, which then share no work with
+        the Gramian.
+
+    Returns:
+      The losses and the rest.
+    """
     if options.in_axes is not None:
-        return by_example(options, params, args)
+        return by_example(options, params, args, needs_gramian)
     if options.encoder is not None:
         return by_encoder(options, params, args)
     return by_task(options, params, args)
@@ -130,7 +144,10 @@ def evaluate(options: Options, params: PyTree, args: tuple[Any, ...]) -> Evaluat
 # --- one loss per example ---------------------------------------------------------------------
 
 
-def by_example(options: Options, params: PyTree, args: tuple[Any, ...]) -> Evaluated:
+def by_example(
+    options: Options, params: PyTree, args: tuple[Any, ...], needs_gramian: bool = True
+) -> Evaluated:
+    """Evaluate one loss per example."""
     leaves, treedef, _ = checks.parameters(params)
     shared = tuple(checks.shared_leaves(options.shared, params))
     flat, args_tree, axes, n = checks.batch_axes(options.in_axes, args)
@@ -143,7 +160,7 @@ def by_example(options: Options, params: PyTree, args: tuple[Any, ...]) -> Evalu
 
     losses, aux, done = instance.forward_backward(one_example, leaves, flat, axes, n, shared)
     rows = functools.cache(lambda: instance.all_rows(done))
-    kept = instance.kept_rows(done, rows)
+    kept = instance.kept_rows(done, rows) if needs_gramian else {}
     pull = Pull(treedef, shared, functools.partial(_pull_examples, done.plan))
     residual = (done.leaves, done.constants, done.residuals, done.cotangents, kept)
     return Evaluated(
@@ -164,6 +181,7 @@ def _pull_examples(plan: Any, residual: Any, weights: Array, wanted: Sequence[bo
 
 
 def by_task(options: Options, params: PyTree, args: tuple[Any, ...]) -> Evaluated:
+    """Evaluate one loss per task, the Gramian with respect to the shared parameters."""
     leaves, treedef, _ = checks.parameters(params)
     shared = tuple(checks.shared_leaves(options.shared, params))
 
@@ -200,6 +218,7 @@ def _pull_tasks(
 
 
 def by_encoder(options: Options, params: PyTree, args: tuple[Any, ...]) -> Evaluated:
+    """Evaluate one loss per task, the Gramian with respect to the encoder's features."""
     leaves, treedef, _ = checks.parameters(params)
     shared = tuple(checks.shared_leaves(options.shared, params))
     encoder = options.encoder

@@ -77,12 +77,13 @@ def linearise(fun: Callable[..., tuple[Array, Any]], inputs: Sequence[Array]) ->
         return [first], rest
 
     reason = obstacle(closed, inputs)
+    pullback: Callable[..., Any]
     if reason is None:
         (losses,), push, rest = jax.linearize(split, inputs, has_aux=True)
         linear = Linear(losses, rest, inputs, push, None)
     else:
-        (losses,), vjp, rest = jax.vjp(split, inputs, has_aux=True)
-        linear = Linear(losses, rest, inputs, None, vjp, reason)
+        (losses,), pullback, rest = jax.vjp(split, inputs, has_aux=True)  # type: ignore[call-overload]
+        linear = Linear(losses, rest, inputs, None, pullback, reason)
     return linear, jax.tree.structure(aux)
 
 

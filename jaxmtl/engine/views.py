@@ -1,8 +1,9 @@
 """Which entries of which parameters a PARAM value holds.
 
-A transposed, reshaped, sliced or concatenated parameter holds each entry at most once, so inner products of its
-gradients are inner products of gradients of the parameters themselves, and no per-example gradient is needed. Anything
-else (``W * mask``, a broadcast bias) has no view, and goes through the gradient of the parameter.
+A transposed, reshaped, sliced or concatenated parameter holds each entry at most once, so inner
+products of its gradients are inner products of gradients of the parameters themselves, and no
+per-example gradient is needed. Anything else (`W * mask`, a broadcast bias) has no view, and goes
+through the gradient of the parameter.
 """
 
 from __future__ import annotations

@@ -1,0 +1,251 @@
+"""Models of the Gramian benchmark, as losses of one example.
+
+Grouped and depthwise convolutions are written as sums of shifted products: XLA's backward pass of a
+grouped convolution is about 80 times slower on CPU, for every method alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = Any
+PyTree = Any
+
+
+class Model(NamedTuple):
+    """A benchmark model.
+
+    Attributes:
+      loss: `(params, x, y) -> ()` for one example.
+      params: pytree of float32 arrays.
+      batch: `n -> (x, y)`, inputs and targets with a leading axis n.
+    """
+
+    loss: Callable[[PyTree, Array, Array], Array]
+    params: PyTree
+    batch: Callable[[int], tuple[Array, Array]]
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> Array:
+    """Return weights of variance 1 / fan-in; the last axis is the output."""
+    fan_in = max(int(np.prod(shape[:-1])), 1)
+    return jnp.asarray(rng.normal(size=shape) / np.sqrt(fan_in), jnp.float32)
+
+
+def _dense(rng: np.random.Generator, inputs: int, outputs: int) -> dict[str, Array]:
+    return {"w": _normal(rng, inputs, outputs), "b": jnp.zeros(outputs)}
+
+
+def _apply(layer: dict[str, Array], x: Array) -> Array:
+    return x @ layer["w"] + layer["b"]
+
+
+def _cross_entropy(logits: Array, target: Array) -> Array:
+    return -jax.nn.log_softmax(logits)[target]
+
+
+def _classification(rng: np.random.Generator, *shape: int) -> Callable[[int], tuple[Array, Array]]:
+    def batch(n: int) -> tuple[Array, Array]:
+        x = jnp.asarray(rng.normal(size=(n, *shape)), jnp.float32)
+        return x, jnp.asarray(rng.integers(0, 10, n), jnp.int32)
+
+    return batch
+
+
+def mlp() -> Model:
+    """Return the MLP 784-512-512-512-10."""
+    rng = np.random.default_rng(0)
+    sizes = (784, 512, 512, 512, 10)
+    params = [_dense(rng, a, b) for a, b in itertools.pairwise(sizes)]
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        for layer in params[:-1]:
+            x = jax.nn.relu(_apply(layer, x))
+        return _cross_entropy(_apply(params[-1], x), y)
+
+    return Model(loss, params, _classification(rng, 784))
+
+
+def _conv(x: Array, layer: dict[str, Array]) -> Array:
+    """Convolve `(height, width, channels)` with a 3 x 3 kernel, without padding."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    out = lax.conv_general_dilated(x[None], layer["w"], (1, 1), "VALID", dimension_numbers=numbers)
+    return out[0] + layer["b"]
+
+
+def _depthwise(x: Array, layer: dict[str, Array]) -> Array:
+    """Convolve each channel with its own 3 x 3 kernels `(3, 3, channels, multiplier)`."""
+    height, width, _ = x.shape
+    out: Array = 0.0
+    for i in range(3):
+        for j in range(3):
+            shifted = x[i : height - 2 + i, j : width - 2 + j]
+            out = out + shifted[..., None] * layer["w"][i, j]
+    return out.reshape(*out.shape[:2], -1) + layer["b"]
+
+
+def _pool(x: Array, size: int) -> Array:
+    """Take the maximum over windows that do not overlap; rests at the border are dropped."""
+    height, width, channels = x.shape
+    x = x[: height // size * size, : width // size * size]
+    x = x.reshape(height // size, size, width // size, size, channels)
+    return jnp.max(x, axis=(1, 3))
+
+
+def _cnn(
+    shape: tuple[int, int, int],
+    channels: tuple[int, int, int],
+    pools: tuple[int, int, int],
+    hidden: int,
+    grouped: bool,
+) -> Model:
+    """Return a network of the Jacobian-descent paper: 3 x 3 convolutions, two dense layers."""
+    rng = np.random.default_rng(0)
+    widths = (shape[-1], *channels)
+    kernels = []
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
+        kernel = (3, 3, a, b // a) if grouped and i else (3, 3, a, b)
+        kernels.append({"w": _normal(rng, *kernel) / (3.0 if grouped and i else 1.0)})
+        kernels[-1]["b"] = jnp.zeros(b)
+    size = shape[0]
+    for pool in pools:
+        size = (size - 2) // pool
+    flat = size * size * channels[-1]
+    params = {"conv": kernels, "dense": [_dense(rng, flat, hidden), _dense(rng, hidden, 10)]}
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        for i, (layer, pool) in enumerate(zip(params["conv"], pools, strict=True)):
+            x = _depthwise(x, layer) if grouped and i else _conv(x, layer)
+            x = jax.nn.elu(_pool(x, pool) if pool > 1 else x)
+        first, last = params["dense"]
+        return _cross_entropy(_apply(last, jax.nn.elu(_apply(first, x.reshape(-1)))), y)
+
+    return Model(loss, params, _classification(rng, *shape))
+
+
+def svhn() -> Model:
+    """Return the network of table 2."""
+    return _cnn((32, 32, 3), (16, 32, 32), (1, 2, 3), 64, grouped=True)
+
+
+def cifar10() -> Model:
+    """Return the network of table 3."""
+    return _cnn((32, 32, 3), (32, 64, 64), (1, 2, 3), 128, grouped=True)
+
+
+def eurosat() -> Model:
+    """Return the network of table 4."""
+    return _cnn((64, 64, 3), (32, 64, 64), (2, 2, 3), 128, grouped=True)
+
+
+def mnist() -> Model:
+    """Return the network of table 5."""
+    return _cnn((28, 28, 1), (32, 64, 64), (1, 2, 3), 128, grouped=False)
+
+
+def transformer() -> Model:
+    """Return a language model of two blocks, width 64, 4 heads, 16 tokens of 256, tied output."""
+    rng = np.random.default_rng(0)
+    width, heads, length, vocabulary = 64, 4, 16, 256
+
+    def block() -> PyTree:
+        return {
+            "qkv": _normal(rng, width, 3 * width),
+            "out": _normal(rng, width, width),
+            "norm": [{"scale": jnp.ones(width), "shift": jnp.zeros(width)} for _ in range(2)],
+            "up": _dense(rng, width, 4 * width),
+            "down": _dense(rng, 4 * width, width),
+        }
+
+    params = {
+        "embedding": _normal(rng, width, vocabulary).T,
+        "position": _normal(rng, width, length).T,
+        "blocks": [block() for _ in range(2)],
+    }
+
+    def norm(layer: PyTree, x: Array) -> Array:
+        x = x - jnp.mean(x, -1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+        return x * layer["scale"] + layer["shift"]
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        h = params["embedding"][x] + params["position"]
+        mask = jnp.tril(jnp.ones((length, length), bool))
+        for layer in params["blocks"]:
+            mixed = norm(layer["norm"][0], h) @ layer["qkv"]
+            q, k, v = jnp.moveaxis(mixed.reshape(length, 3, heads, width // heads), 1, 0)
+            scores = jnp.einsum("the,she->hts", q, k) / np.sqrt(width // heads)
+            attention = jax.nn.softmax(jnp.where(mask, scores, -1e9))
+            h = h + jnp.einsum("hts,she->the", attention, v).reshape(length, width) @ layer["out"]
+            h = h + _apply(
+                layer["down"], jax.nn.gelu(_apply(layer["up"], norm(layer["norm"][1], h)))
+            )
+        logits = jax.nn.log_softmax(h @ params["embedding"].T)
+        return -jnp.mean(jnp.take_along_axis(logits, y[:, None], 1))
+
+    def batch(n: int) -> tuple[Array, Array]:
+        tokens = jnp.asarray(rng.integers(0, vocabulary, (n, length + 1)), jnp.int32)
+        return tokens[:, :-1], tokens[:, 1:]
+
+    return Model(loss, params, batch)
+
+
+def lstm() -> Model:
+    """Return an LSTM of 64 units over 28 steps of 28 inputs."""
+    rng = np.random.default_rng(0)
+    units = 64
+    params = {
+        "x": _normal(rng, 28, 4 * units),
+        "h": _normal(rng, units, 4 * units),
+        "b": jnp.zeros(4 * units),
+        "out": _dense(rng, units, 10),
+    }
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        def step(carry: tuple[Array, Array], x: Array) -> tuple[tuple[Array, Array], None]:
+            c, h = carry
+            i, f, g, o = jnp.split(x @ params["x"] + h @ params["h"] + params["b"], 4)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            return (c, jax.nn.sigmoid(o) * jnp.tanh(c)), None
+
+        (_, h), _ = lax.scan(step, (jnp.zeros(units), jnp.zeros(units)), x)
+        return _cross_entropy(_apply(params["out"], h), y)
+
+    return Model(loss, params, _classification(rng, 28, 28))
+
+
+def autoencoder() -> Model:
+    """Return an autoencoder 784-256-32 whose decoder has the transposed weights."""
+    rng = np.random.default_rng(0)
+    params = {
+        "first": _dense(rng, 784, 256),
+        "second": _dense(rng, 256, 32),
+        "back": [jnp.zeros(256), jnp.zeros(784)],
+    }
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        h = jnp.tanh(_apply(params["first"], x))
+        h = jnp.tanh(_apply(params["second"], h))
+        h = jnp.tanh(h @ params["second"]["w"].T + params["back"][0])
+        return jnp.mean((h @ params["first"]["w"].T + params["back"][1] - x) ** 2)
+
+    return Model(loss, params, _classification(rng, 784))
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "mlp": mlp,
+    "svhn": svhn,
+    "cifar10": cifar10,
+    "eurosat": eurosat,
+    "mnist": mnist,
+    "transformer": transformer,
+    "lstm": lstm,
+    "autoencoder": autoencoder,
+}
