@@ -58,7 +58,7 @@ def check(example_loss, params, *args, in_axes=None, tolerance=1e-12):
     size = np.sqrt(np.trace(expected_gramian))
     leaves = map(jax.tree.leaves, (grads, expected_grads, params))
     for grad, other, param in zip(*leaves, strict=True):
-        assert (grad.shape, grad.dtype) == (param.shape, param.dtype)
+        assert (grad.shape, grad.dtype) == (jnp.shape(param), jnp.result_type(param))
         assert np.max(np.abs(grad - other), initial=0) <= 4 * tolerance * size
 
 
@@ -346,6 +346,20 @@ def control_flow():
     return loss, params, (normal(5, 6, 4),)
 
 
+def awkward():
+    params = {"python": 0.5, "weak": jnp.asarray(2.0), "w": normal(1, 3, 3), "e": jnp.zeros((0, 3))}
+
+    def loss(p, x):
+        def no_reverse_mode(h):
+            return lax.while_loop(lambda h: jnp.sum(h) > 1, lambda h: h @ p["w"] / 9, h)
+
+        h = x * p["python"] + lax.stop_gradient(no_reverse_mode(jnp.abs(x)))
+        h = jnp.abs(jnp.exp(1j * h) @ lax.complex(p["w"], p["w"].T)) ** 2
+        return jnp.sum(jnp.sin(h) * p["weak"]) + jnp.sum(p["e"])
+
+    return loss, params, (normal(5, 4, 3),)
+
+
 def loss_of_parameters_alone():
     return (lambda p, x: jnp.sum(p["w"] ** 2)), {"w": normal(1, 3)}, (normal(2, 4, 2),)
 
@@ -375,6 +389,7 @@ NETWORKS = {
     "sliced twice": sliced_twice,
     "custom derivatives": custom_derivatives,
     "control flow": control_flow,
+    "awkward": awkward,
     "parameters alone": loss_of_parameters_alone,
 }
 

@@ -11,7 +11,6 @@ from jax import lax
 
 from jaxmtl import base
 from jaxmtl.engine import factors, plan, routes, tasks
-from jaxmtl.linalg import accumulation_dtype
 
 Array = Any
 PyTree = Any
@@ -151,7 +150,8 @@ def value_and_grad(
         if reads_gramian:
             gramian = lax.stop_gradient(found.gramian())
         else:  # which takes no more than m and the dtype from it
-            gramian = jnp.zeros((losses.shape[0],) * 2, accumulation_dtype(params, losses))
+            dtype = factors.gramian_dtype(losses, *map(jnp.asarray, jax.tree.leaves(params)))
+            gramian = jnp.zeros((losses.shape[0],) * 2, dtype)
         weights, new_state = weighting.update(gramian, state, losses=losses, **extra)
         weights = lax.stop_gradient(weights)
         grads = found.pullback(weights, _head_weights(weighting, reads_gramian, weights, state))

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmtl.engine.program import Use
+from jaxmtl.linalg import accumulation_dtype
 
 Array = Any
 Names = tuple[int, ...]
@@ -128,6 +129,11 @@ def arrange(
     if factors.lookup is not None:
         left = dataclasses.replace(left, lookup=True)
     return left, right
+
+
+def gramian_dtype(*arrays: Array) -> Any:
+    """Return the widest dtype, at least float32; Python scalars among parameters count in full."""
+    return accumulation_dtype([jnp.result_type(x.dtype) for x in arrays])
 
 
 def whole_sharding(array: Array, ndim: int) -> NamedSharding | None:

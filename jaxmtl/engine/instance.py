@@ -14,7 +14,7 @@ from jaxmtl.engine import conv, execute, factors, gather, views
 from jaxmtl.engine.factors import Structure
 from jaxmtl.engine.plan import Group, Plan, factors_of, make_plan, structure_of
 from jaxmtl.engine.program import Use, build
-from jaxmtl.linalg import accumulation_dtype
+from jaxmtl.engine.prune import prune
 
 Array = Any
 
@@ -71,7 +71,7 @@ def forward_backward(
         for i, x in zip(batched, example, strict=True):
             inputs[i] = x
         closed, shapes = jax.make_jaxpr(fun, return_shape=True)(list(leaves), inputs)
-        program = build(closed, len(leaves), [axis is not None for axis in axes])
+        program = prune(build(closed, len(leaves), [axis is not None for axis in axes]))
         constants = [*closed.consts, *(x for i, x in enumerate(args) if axes[i] is None)]
         traced.extend([program, constants, jax.tree.structure(shapes[1])])
         env = execute.derive(program, leaves, constants)
@@ -149,7 +149,7 @@ def cross_gramian(
     a: Pass, b: Pass, rows_a: dict[int, Any], rows_b: dict[int, Any], shape: tuple[int, int]
 ) -> Array:
     """Return the inner products of the gradients of two passes through one program."""
-    dtype = accumulation_dtype(a.leaves)
+    dtype = factors.gramian_dtype(*a.leaves)
     total = jnp.zeros(shape, dtype)
     in_gramian = a.plan.in_gramian
     for i, group in enumerate(a.plan.groups):
@@ -211,7 +211,7 @@ def weighted_gradient(
 ) -> list[Array]:
     """Return `J^T w` for the wanted leaves; what other leaves get is undefined."""
     env = done.env()
-    dtype = accumulation_dtype(done.leaves)
+    dtype = factors.gramian_dtype(*done.leaves)
     cotangents: dict[Any, Array] = {}
     from_rows: dict[int, Array] = {}
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.engine import checks
-from jaxmtl.engine.factors import rows_block
-from jaxmtl.linalg import accumulation_dtype
+from jaxmtl.engine.factors import gramian_dtype, rows_block
 
 Array = Any
 
@@ -125,7 +124,7 @@ def cross_gramian(a: Linear, b: Linear, chunk_size: int | None) -> Array:
     Returns:
       Array `(m_a, m_b)` of at least float32.
     """
-    dtype = accumulation_dtype(a.inputs, a.losses)
+    dtype = gramian_dtype(*a.inputs, a.losses)
     num_a, num_b = a.losses.shape[0], b.losses.shape[0]
     push = a.push
     if push is None:

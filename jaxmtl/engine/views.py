@@ -12,7 +12,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jaxmtl.engine.program import CONST, PARAM, Call, Value, is_float
+import jax.numpy as jnp
+
+from jaxmtl.engine.program import CONST, PARAM, Call, Value
 
 Box = tuple[tuple[int, int, int], ...]  # (start, step, size) of each axis of a leaf
 
@@ -65,8 +67,10 @@ def view(value: Value) -> View | None:
     if call.name == "concatenate":
         return _concatenate([view(v) for v in call.ins], len(call.ins) == len(call.eqn.invars))
     operands = [v for v in call.ins if v.kind == PARAM]
-    if len(operands) != 1 or operands[0].loops != value.loops or not is_float(operands[0].aval):
+    if len(operands) != 1 or operands[0].loops != value.loops:
         return None
+    if not jnp.issubdtype(value.aval.dtype, jnp.floating):
+        return None  # a complex value: its gradients have two real parts
     operand = operands[0]
     base = view(operand)
     if base is None:
