@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.engine import conv, execute, factors, gather, views
+from jaxmtl.engine.build import build
 from jaxmtl.engine.factors import Structure
 from jaxmtl.engine.plan import Group, Plan, factors_of, make_plan, structure_of
-from jaxmtl.engine.program import Use, build
+from jaxmtl.engine.program import Use
 from jaxmtl.engine.prune import prune
 
 Array = Any

@@ -8,9 +8,7 @@ Every value of the traced loss is one of four kinds:
 * ``DATA``: everything else.
 
 An equation that mixes PARAM and DATA operands is a *use*. The cotangents of the outputs of all uses
-determine every gradient, and they come from one backward pass. Calls that receive parameters (jit,
-remat, scan) are opened, so that uses are single primitives; PARAM values computed inside a loop are
-hoisted out of it.
+determine every gradient, and they come from one backward pass.
 """
 
 from __future__ import annotations
@@ -19,24 +17,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 CONST, PARAM, FROZEN, DATA = "const", "param", "frozen", "data"
 
 Array = Any
-
-# Calls whose body means the same thing inline; the name of the parameter that holds the body.
-_INLINE = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-}
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,201 +133,3 @@ def is_float(aval: Any) -> bool:
 def derived(value: Value) -> bool:
     """Whether the value depends on the parameters alone: it is computed outside all loops."""
     return value.kind in (PARAM, FROZEN)
-
-
-def single_equation(
-    eqn: Any, debug_info: Any
-) -> tuple[Callable[..., Sequence[Array]], list[Any], list[Any]]:
-    """Return one equation as a function, with the variables it reads and writes."""
-    reads = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
-    writes = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    jaxpr = jex.Jaxpr([], reads, writes, [eqn], eqn.effects, debug_info)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, [])), reads, writes
-
-
-def _identity(x: Array) -> list[Array]:
-    return [x]
-
-
-class _Builder:
-    def __init__(self) -> None:
-        self.uses: list[Use] = []
-
-    def inline(
-        self, jaxpr: Any, inputs: Sequence[Value], steps: list[Any], loops: tuple[Loop, ...]
-    ) -> tuple[Value, ...]:
-        """Append the equations of an open jaxpr to `steps`, and return its outputs."""
-        env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
-
-        def read(atom: Any) -> Value:
-            if isinstance(atom, jex.Literal):
-                return Value(atom.aval, CONST, literal=atom.val)
-            return env[atom]
-
-        for eqn in jaxpr.eqns:
-            ins = [read(v) for v in eqn.invars]
-            has_param = any(v.kind == PARAM for v in ins)
-            has_data = any(v.kind == DATA for v in ins)
-            name = eqn.primitive.name
-            if has_param and name in _INLINE:
-                body = eqn.params[_INLINE[name]]
-                if isinstance(body, jex.ClosedJaxpr):
-                    consts = [self.constant(c) for c in body.consts]
-                    body = body.jaxpr
-                else:
-                    consts = []
-                outs = self.inline(body, [*consts, *ins], steps, loops)
-            elif has_param and has_data and name == "scan":
-                outs = self.scan(eqn, ins, steps, loops)
-            else:
-                fun, reads, writes = single_equation(eqn, jaxpr.debug_info)
-                for var, out in zip(
-                    writes,
-                    self.call(
-                        fun,
-                        [env[v] for v in reads],
-                        [v.aval for v in writes],
-                        name,
-                        eqn,
-                        steps,
-                        loops,
-                    ),
-                    strict=True,
-                ):
-                    env[var] = out
-                continue
-            for var, out in zip(eqn.outvars, outs, strict=True):
-                if not isinstance(var, jex.DropVar):
-                    env[var] = out
-        return tuple(read(v) for v in jaxpr.outvars)
-
-    @staticmethod
-    def constant(value: Array) -> Value:
-        return Value(jax.typeof(value), CONST, literal=value)
-
-    def call(
-        self,
-        fun: Callable[..., Sequence[Array]],
-        ins: Sequence[Value],
-        avals: Sequence[Any],
-        name: str,
-        eqn: Any,
-        steps: list[Any],
-        loops: tuple[Loop, ...],
-    ) -> tuple[Value, ...]:
-        kinds = {v.kind for v in ins}
-        if DATA in kinds or (name == "identity"):
-            outs = tuple(Value(aval, DATA) for aval in avals)
-            tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
-            if PARAM in kinds and tapped and name != "stop_gradient":
-                use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped)
-                self.uses.append(use)
-                steps.append(use)
-            else:
-                steps.append(Call(fun, tuple(ins), outs, name, eqn))
-            return outs
-        varying = tuple(
-            sorted({loop for v in ins for loop in v.loops}, key=lambda loop: loop.depth)
-        )
-        step = Call(fun, tuple(ins), (), name, eqn)
-        out_values = []
-        for position, aval in enumerate(avals):
-            if kinds <= {CONST}:
-                kind = CONST
-            elif PARAM in kinds and is_float(aval) and name != "stop_gradient":
-                kind = PARAM
-            else:
-                kind = FROZEN
-            out_values.append(Value(aval, kind, varying, (step, position)))
-        step.outs = tuple(out_values)
-        if kinds <= {CONST}:
-            steps.append(step)
-        return step.outs
-
-    def as_data(self, value: Value, aval: Any, steps: list[Any], loops: tuple[Loop, ...]) -> Value:
-        """Return the value as DATA: a PARAM that enters a carry is used there."""
-        if value.kind == DATA:
-            return value
-        return self.call(_identity, [value], [aval], "identity", None, steps, loops)[0]
-
-    def scan(
-        self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]
-    ) -> tuple[Value, ...]:
-        closed, length = eqn.params["jaxpr"], eqn.params["length"]
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        consts, init, xs = (
-            ins[:num_consts],
-            ins[num_consts : num_consts + num_carry],
-            ins[num_consts + num_carry :],
-        )
-        invars = closed.jaxpr.invars
-        loop = Loop(length, len(loops))
-        inner = (*loops, loop)
-        start = tuple(self.as_data(v, v.aval, steps, loops) for v in init)
-        carry = [Value(var.aval, DATA) for var in invars[num_consts : num_consts + num_carry]]
-        slices = [
-            Value(var.aval, v.kind)
-            if v.kind == DATA
-            else Value(var.aval, v.kind, (*v.loops, loop), v)
-            for v, var in zip(xs, invars[num_consts + num_carry :], strict=True)
-        ]
-        body: list[Any] = []
-        first_use = len(self.uses)
-        body_consts = [self.constant(c) for c in closed.consts]
-        found = self.inline(closed.jaxpr, [*body_consts, *consts, *carry, *slices], body, inner)
-        outs = tuple(
-            self.as_data(v, var.aval, body, inner)
-            for v, var in zip(found, closed.jaxpr.outvars, strict=True)
-        )
-        results = tuple(Value(var.aval, DATA) for var in eqn.outvars)
-        plain = [(v, s) for v, s in zip(xs, slices, strict=True) if not derived(v)]
-        steps.append(
-            Scan(
-                loop,
-                eqn.params["reverse"],
-                eqn.params["unroll"],
-                start,
-                tuple(carry),
-                tuple(v for v, _ in plain),
-                tuple(s for _, s in plain),
-                body,
-                outs[:num_carry],
-                outs[num_carry:],
-                results,
-                tuple(self.uses[first_use:]),
-            )
-        )
-        return results
-
-
-def build(closed: Any, num_leaves: int, batched: Sequence[bool]) -> Program:
-    """Find the uses of the first `num_leaves` inputs of a traced per-example loss.
-
-    Args:
-      closed: a closed jaxpr; its first output is the loss.
-      num_leaves: how many of its inputs are parameters; they come first.
-      batched: for each other input, whether it changes from example to example.
-
-    Returns:
-      The program. Its `constants` are the closed-over arrays, then the inputs that all examples
-      share.
-    """
-    builder = _Builder()
-    steps: list[Any] = []
-    invars = closed.jaxpr.invars
-    closed_over = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
-    leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]
-    others = [
-        Value(v.aval, DATA if b else CONST)
-        for v, b in zip(invars[num_leaves:], batched, strict=True)
-    ]
-    outs = list(builder.inline(closed.jaxpr, [*closed_over, *leaves, *others], steps, ()))
-    outs[0] = builder.as_data(outs[0], outs[0].aval, steps, ())
-    return Program(
-        tuple(leaves),
-        tuple(closed_over) + tuple(v for v in others if v.kind == CONST),
-        tuple(v for v in others if v.kind == DATA),
-        steps,
-        tuple(outs),
-        builder.uses,
-    )
