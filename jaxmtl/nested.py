@@ -10,6 +10,7 @@ from jax.scipy.sparse.linalg import cg
 
 from jaxmtl import base
 from jaxmtl.jacobian import value_and_jacobian
+from jaxmtl.linalg import accumulation_dtype
 
 PyTree = Any
 
@@ -107,7 +108,8 @@ def hypergradient(
             gradient = slope(params, z, *(args if batch is None else batch))
             return jax.tree.map(lambda x, g: x - eta.astype(x.dtype) * g, z, gradient), None
 
-        return lax.scan(step, z, (jnp.arange(1, steps + 1), batches))[0], last
+        times = jnp.arange(1, steps + 1, dtype=jnp.result_type(float))
+        return lax.scan(step, z, (times, batches))[0], last
 
     def evaluate(
         params: PyTree, z: PyTree, *args: Any, lower_args: tuple[Any, ...] | None = None
@@ -119,8 +121,14 @@ def hypergradient(
             )
         z, batch = descend(params, z, args if lower_args is None else lower_args)
 
+        dtype = accumulation_dtype(z)  # one for all leaves, as conjugate gradients needs
+
+        def like(tree: PyTree, dtypes: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, y: x.astype(jnp.result_type(y)), tree, dtypes)
+
         def hessian_times(v: PyTree) -> PyTree:
-            return jax.jvp(lambda z: slope(params, z, *batch), (z,), (v,))[1]
+            product = jax.jvp(lambda z: slope(params, z, *batch), (z,), (like(v, z),))[1]
+            return jax.tree.map(lambda x: x.astype(dtype), product)
 
         def neumann(b: PyTree) -> PyTree:
             def term(_: int, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
@@ -132,9 +140,10 @@ def hypergradient(
             return jax.tree.map(lambda s: scale * s, series)
 
         def solve(b: PyTree) -> PyTree:
+            b = jax.tree.map(lambda x: x.astype(dtype), b)
             if solver == "neumann":
-                return neumann(b)
-            return cg(hessian_times, b, tol=tolerance, maxiter=solver_steps)[0]
+                return like(neumann(b), z)
+            return like(cg(hessian_times, b, tol=tolerance, maxiter=solver_steps)[0], z)
 
         def both(pair: tuple[PyTree, PyTree], *args: Any) -> jax.Array:
             return upper(*pair, *args)

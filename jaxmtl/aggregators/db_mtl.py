@@ -57,7 +57,7 @@ def db_mtl(
     m = num_tasks or 1
 
     def rate(k: jax.Array) -> jax.Array:
-        return 1 - beta / jnp.asarray(k, jnp.result_type(float)) ** sigma
+        return 1 - beta / k**sigma
 
     def aggregate(
         jacobian: Any, state: TrackState, *, task_mask: jax.Array, losses: jax.Array, **extra: Any

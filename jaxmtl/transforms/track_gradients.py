@@ -35,8 +35,9 @@ def check_schedule(name: str, value: Schedule, low: float, high: float) -> None:
 
 
 def rate_at(schedule: Schedule, step: jax.Array) -> jax.Array:
-    """Returns the rate of step k = step + 1, from 1."""
-    return jnp.asarray(schedule(step + 1) if callable(schedule) else schedule)
+    """Returns the rate of step k = step + 1; k is a float, so that ``c / k`` has its precision."""
+    k = (step + 1).astype(jnp.result_type(float))
+    return jnp.asarray(schedule(k) if callable(schedule) else schedule)
 
 
 def column(values: jax.Array, rows: jax.Array) -> jax.Array:
