@@ -464,6 +464,11 @@ def from_rule(rule: Rule) -> Aggregator:
         weights, inner, residual = rule.apply(
             gramian, state.inner, task_mask=mask, log2_scale=log2_scale, **inputs
         )
+        if jnp.shape(weights) != (m,):
+            raise ValueError(
+                f"expected the weighting to return weights of shape ({m},), one per task, got "
+                f"{jnp.shape(weights)}; correct the function given to from_weighting"
+            )
         weights = jnp.where(mask, weights, 0).astype(dtype)
         ok &= linalg.all_finite((weights, inner))
         new = state._replace(

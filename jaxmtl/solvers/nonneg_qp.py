@@ -60,7 +60,7 @@ def nonneg_qp(
     *,
     allowed: jax.Array | None = None,
     start: jax.Array | None = None,
-    steps: int = 50,
+    steps: int | None = None,
 ) -> Solution:
     """Solves ``argmin_{x >= 0} x^T Q x / 2 - b^T x`` for every row b of ``linear``.
 
@@ -80,7 +80,7 @@ def nonneg_qp(
       linear: (k, m), one right-hand side per row.
       allowed: Bool, broadcastable to (k, m); False fixes a variable at zero.
       start: (k, m) feasible starting points; zero if None.
-      steps: Number of projected-gradient steps.
+      steps: Number of projected-gradient steps, by default about m.
 
     Returns:
       `Solution` with value (k, m) and residual (k,).
@@ -90,7 +90,7 @@ def nonneg_qp(
     allowed = jnp.broadcast_to(True if allowed is None else allowed, linear.shape)
     linear = jnp.where(allowed, linear, 0)
     start = jnp.zeros_like(linear) if start is None else start
-    x = projected_gradient(matrix, linear, allowed, start, steps)
+    x = projected_gradient(matrix, linear, allowed, start, 8 + m if steps is None else steps)
     # Makes faces of dependent rows solvable; the refinement steps take its effect out.
     ridge = 10 * m * eps
     tolerance = 10 * m * eps
@@ -104,10 +104,25 @@ def nonneg_qp(
         def solve(rhs: jax.Array) -> jax.Array:
             return jax.scipy.linalg.cho_solve((factor, True), rhs[..., None])[..., 0]
 
-        step = solve(jnp.where(free, gradient, 0))
-        for _ in range(2):
-            step += solve(jnp.where(free, gradient - step @ matrix, 0))
-        return jnp.where(free, step, 0)
+        # Triangular solves cost as much as the factor: refine only where the ridge shows.
+        def left(step: jax.Array) -> jax.Array:
+            return jnp.where(free, gradient - step @ matrix, 0)
+
+        def imprecise(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            step, rest, count = carry
+            size = jnp.max(jnp.abs(linear), -1, keepdims=True)
+            size += jnp.max(jnp.abs(step), -1, keepdims=True)
+            return jnp.any(jnp.abs(rest) > eps * size) & (count < 3)
+
+        def refine(
+            carry: tuple[jax.Array, jax.Array, jax.Array],
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            step, rest, count = carry
+            step = jnp.where(free, step + solve(rest), 0)
+            return step, left(step), count + 1
+
+        start = (jnp.zeros_like(gradient), left(jnp.zeros_like(gradient)), jnp.zeros((), jnp.int32))
+        return lax.while_loop(imprecise, refine, start)[0]
 
     class Carry(NamedTuple):
         x: jax.Array  # (k, m)
@@ -136,11 +151,13 @@ def nonneg_qp(
         free = free | (~blocked & ~optimal & (downhill == steepest))
         residual = kkt_residual(matrix, jnp.where(allowed, linear, x @ matrix), x)
         better = ~c.done & (residual < c.residual)
+        # A face whose equations are not yet solved to rounding gets another round.
+        settled = (residual <= tolerance) | (residual >= c.residual)
         go_on = ~c.done[:, None]
         return Carry(
             x=jnp.where(go_on, x, c.x),
             free=jnp.where(go_on, free, c.free),
-            done=c.done | (~blocked & optimal)[:, 0],
+            done=c.done | ((~blocked & optimal)[:, 0] & settled),
             best=jnp.where(better[:, None], x, c.best),
             residual=jnp.where(better, residual, c.residual),
             rounds=c.rounds + 1,

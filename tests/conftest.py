@@ -1,0 +1,24 @@
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in float64; never a global switch."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["float64", "float32"])
+def precision(request):
+    """Runs a test in float64 and in float32."""
+    with jax.enable_x64(request.param == "float64"):
+        yield request.param
+
+
+def pytest_collection_modifyitems(items):
+    """Keeps the tests of one method on one worker, where they share compiled functions."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if name:
+            item.add_marker(pytest.mark.xdist_group(name))

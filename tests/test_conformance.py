@@ -1,0 +1,361 @@
+"""Every method of the table against the promises that hold for all."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxmtl
+from tests.methods import BY_NAME, METHODS
+
+NAMES = [method.name for method in METHODS]
+WEIGHTED = [method.name for method in METHODS if method.weighted]
+PARAMS = {"a": (2, 3), "b": (), "c": (0,), "d": (1,)}
+
+
+def params_of(dtype=None):
+    return {name: jnp.zeros(shape, dtype or float) for name, shape in PARAMS.items()}
+
+
+def rows_of(matrix, dtype=None):
+    """Splits the columns of an (m, 8) matrix over the leaves of `PARAMS`."""
+    leaves, start = {}, 0
+    for name, shape in PARAMS.items():
+        size = int(np.prod(shape))
+        block = np.asarray(matrix)[:, start : start + size]
+        leaves[name] = jnp.asarray(block.reshape((len(matrix), *shape)), dtype or float)
+        start += size
+    return leaves
+
+
+def flat(update):
+    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(update)])
+
+
+def matrix_of(m, seed=0, kind="generic"):
+    rng = np.random.default_rng(seed)
+    matrix = np.round(rng.standard_normal((m, 8)) * 256) / 256
+    if kind == "conflict":
+        matrix -= 0.9 * matrix.mean(0)
+    return matrix
+
+
+def tasks_of(name):
+    return max(3, BY_NAME[name].min_tasks)
+
+
+@functools.cache
+def compiled(name, m, x64):
+    """Both routes of a method, compiled once for all tests of a precision."""
+    aggregator = BY_NAME[name].make(m)
+    traces = []
+
+    def step(jacobian, state, task_mask):
+        traces.append(1)
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), jacobian)
+        return aggregator.update(jacobian, state, params, losses=jnp.ones(m), task_mask=task_mask)
+
+    def weigh(gramian, state):
+        return aggregator.weighting.update(gramian, state, losses=jnp.ones(m))
+
+    return aggregator, jax.jit(step), jax.jit(weigh), traces
+
+
+def get(name, m):
+    return compiled(name, m, jax.config.jax_enable_x64)
+
+
+def run(name, matrix, state=None, mask=None):
+    m = len(matrix)
+    aggregator, step, _, _ = get(name, m)
+    state = aggregator.init(params_of()) if state is None else state
+    return step(rows_of(matrix), state, jnp.ones(m, bool) if mask is None else mask)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_has_the_shape_of_params_and_state_never_changes_form(name, x64):
+    matrix = matrix_of(tasks_of(name))
+    aggregator, _, _, traces = get(name, len(matrix))
+    state = aggregator.init(params_of())
+    update, new = run(name, matrix)
+    chex.assert_trees_all_equal_shapes_and_dtypes(update, params_of())
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_tree_all_finite(update)
+    before = len(traces)
+    run(name, matrix_of(len(matrix), seed=1), new)
+    assert len(traces) == before, "the second call with the same shapes was traced again"
+    if aggregator.weighting is not None:
+        weighting_state = aggregator.weighting.init()
+        chex.assert_trees_all_equal_shapes_and_dtypes(weighting_state, state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_works_in_a_chain_under_scan_and_vmap_over_seeds(name):
+    m = tasks_of(name)
+    optimizer = optax.chain(BY_NAME[name].make(m), optax.adam(0.1))
+    params = jnp.zeros(8)
+    targets = jnp.asarray(matrix_of(m))
+
+    def losses_fn(p, shift):
+        return jnp.sum((p - targets - shift) ** 2, axis=1)
+
+    def train(seed):
+        def step(carry, _):
+            p, state = carry
+            losses, jacobian = jaxmtl.value_and_jacobian(losses_fn)(p, seed)
+            updates, state = optimizer.update(jacobian, state, p, losses=losses)
+            return (jaxmtl.apply_updates(p, updates), state), losses
+
+        (p, state), losses = jax.lax.scan(step, (params, optimizer.init(params)), None, length=5)
+        return p, losses, state
+
+    p, losses, state = jax.jit(jax.vmap(train))(jnp.array([0.0, 0.1]))
+    chex.assert_tree_all_finite((p, losses, state))
+    assert p.shape == (2, 8)
+    assert float(jnp.max(jnp.abs(p[0] - p[1]))) > 0
+    if BY_NAME[name].logs:
+        assert optax.tree.get(state, "mtl_weights").shape == (2, m)
+    assert optax.tree.get(state, "mtl_skipped", 0) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["zero", "zero_row", "duplicate", "stationary", "rank_one"])
+def test_degenerate_jacobians_have_finite_updates(name, kind, x64):
+    matrix = matrix_of(tasks_of(name))
+    if kind == "zero":
+        matrix[:] = 0
+    elif kind == "zero_row":
+        matrix[1] = 0
+    elif kind == "duplicate":
+        matrix[1] = matrix[0]
+    elif kind == "stationary":
+        matrix[-1] = -matrix[:-1].sum(0)
+    else:
+        matrix = np.outer(
+            np.arange(1, len(matrix) + 1) * (-1.0) ** np.arange(len(matrix)), matrix[0]
+        )
+    update, state = run(name, matrix)
+    chex.assert_tree_all_finite((update, state))
+    assert int(optax.tree.get(state, "mtl_skipped", 0)) == 0
+    if kind == "zero":
+        assert np.all(flat(update) == 0)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if BY_NAME[n].min_tasks == 1])
+def test_one_task_gives_a_multiple_of_its_gradient(name, x64):
+    matrix = matrix_of(1)
+    update = flat(run(name, matrix)[0])
+    scale = update @ matrix[0] / (matrix[0] @ matrix[0])
+    assert scale > 0
+    np.testing.assert_allclose(update, scale * matrix[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_non_finite_gradient_is_skipped_and_counted(name, bad, x64):
+    m = tasks_of(name)
+    _, state = run(name, matrix_of(m))
+    matrix = matrix_of(m, seed=1)
+    matrix[1, 2] = bad
+    update, new = run(name, matrix, state)
+    assert np.all(flat(update) == 0)
+    if name == "linear_scalarization":
+        assert new == optax.EmptyState()
+        return
+    assert int(new.mtl_skipped) == 1
+    chex.assert_trees_all_equal(new._replace(mtl_skipped=state.mtl_skipped), state)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_powers_of_two(name, precision):
+    """Degree 1 bit for bit: weights do not change, the update scales exactly."""
+    if precision == "float32" and not BY_NAME[name].solver:
+        return
+    method, m = BY_NAME[name], tasks_of(name)
+    matrix = matrix_of(m, kind="conflict")
+    update, state = run(name, matrix)
+    largest = 300 if precision == "float64" else 60
+    for k in (-largest, -13, 40, largest):
+        scaled, scaled_state = run(name, np.ldexp(matrix, k))
+        if method.degree is None:
+            continue
+        if not method.scale_free:
+            expected = flat(update) * 2.0 ** (k * method.degree)
+            np.testing.assert_allclose(
+                flat(scaled), expected, rtol=1e-4 if precision == "float32" else 1e-10
+            )
+            continue
+        np.testing.assert_array_equal(flat(scaled), np.ldexp(flat(update), k))
+        if method.logs:
+            np.testing.assert_array_equal(scaled_state.mtl_weights, state.mtl_weights)
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHTED if BY_NAME[n].scale_free])
+def test_powers_of_two_on_the_gramian_alone(name, precision):
+    if precision == "float32" and not BY_NAME[name].solver:
+        return
+    m = tasks_of(name)
+    matrix = matrix_of(m, kind="conflict")
+    gram = jnp.asarray(matrix @ matrix.T, float)
+    aggregator, _, weigh, _ = get(name, m)
+    weights, _ = weigh(gram, aggregator.weighting.init())
+    largest = 60 if precision == "float64" else 40
+    for k in (-largest, 7, largest):
+        scaled, _ = weigh(jnp.ldexp(gram, 2 * k), aggregator.weighting.init())
+        np.testing.assert_array_equal(scaled, weights)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_both_routes_agree(name, x64):
+    m = tasks_of(name)
+    matrix = matrix_of(m, kind="conflict")
+    update, state = run(name, matrix)
+    aggregator, _, weigh, _ = get(name, m)
+    gram = jaxmtl.gramian(rows_of(matrix))
+    weights, new = weigh(gram, aggregator.weighting.init())
+    np.testing.assert_allclose(matrix.T @ np.asarray(weights), flat(update), rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not BY_NAME[n].random])
+def test_permutation_equivariance(name, x64):
+    m = tasks_of(name)
+    matrix = matrix_of(m, kind="conflict")
+    order = np.array([2, 0, 3, 1]) if m == 4 else np.array([2, 0, 1])
+    np.testing.assert_allclose(
+        flat(run(name, matrix[order])[0]), flat(run(name, matrix)[0]), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if BY_NAME[n].non_conflicting])
+@pytest.mark.parametrize("m", [3, 8])
+def test_non_conflicting(name, m, x64):
+    for seed in range(5):
+        matrix = matrix_of(m, seed, kind="conflict")
+        matrix *= np.logspace(0, -4, m)[:, None]
+        for scale in (1, 1e-9, 1e9):
+            update = flat(run(name, matrix * scale)[0])
+            norms = np.linalg.norm(matrix * scale, axis=1) * np.linalg.norm(update)
+            cosines = (matrix * scale) @ update / np.where(norms > 0, norms, 1)
+            assert cosines.min() >= -1e-9
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if BY_NAME[n].linear_under_scaling])
+def test_linear_under_scaling(name, x64):
+    """A(diag(c) J) is linear in c > 0, for one draw of the random rules."""
+    m = tasks_of(name)
+    matrix = matrix_of(m, kind="conflict")
+    rng = np.random.default_rng(1)
+    first, second = rng.uniform(0.1, 3, (2, m))
+
+    def of(c):
+        return flat(run(name, matrix * c[:, None])[0])
+
+    np.testing.assert_allclose(of(first + second), of(first) + of(second), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if BY_NAME[n].masks])
+def test_masked_tasks_are_removed_exactly(name, x64):
+    """A mask equals the smaller problem, whatever the absent row holds; nothing recompiles."""
+    method, m = BY_NAME[name], tasks_of(name) + 1
+    matrix = matrix_of(m, kind="conflict")
+    mask = np.ones(m, bool)
+    mask[1] = False
+    dirty = matrix.copy()
+    dirty[1] = np.nan
+    masked, state = run(name, dirty, mask=mask)
+    assert int(optax.tree.get(state, "mtl_skipped", 0)) == 0
+    traces = get(name, m)[3]
+    before = len(traces)
+    other = np.roll(mask, 1)
+    assert np.all(np.isfinite(flat(run(name, matrix, mask=other)[0])))
+    assert len(traces) == before, "another mask was traced again"
+    if method.logs:
+        assert state.mtl_weights[1] == 0
+    # The smaller problem draws other numbers, and averaging starts elsewhere.
+    if not method.random and name != "cr_mogm":
+        small, _ = run(name, matrix[mask])
+        np.testing.assert_allclose(flat(masked), flat(small), rtol=1e-9, atol=1e-12)
+    else:
+        matrix[1] = 0
+        np.testing.assert_array_equal(flat(masked), flat(run(name, matrix, mask=mask)[0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_rows_accumulate_in_float32(name):
+    m = tasks_of(name)
+    matrix = np.asarray(jnp.asarray(matrix_of(m, kind="conflict"), jnp.bfloat16), np.float32)
+    aggregator, step, _, _ = get(name, m)
+    everyone = jnp.ones(m, bool)
+    state = aggregator.init(params_of())
+    half, _ = step(rows_of(matrix, jnp.bfloat16), state, everyone)
+    full, _ = step(rows_of(matrix, jnp.float32), state, everyone)
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+    scale = np.abs(flat(full)).max()
+    np.testing.assert_allclose(flat(half), flat(full), atol=2**-7 * scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_input_is_a_sentence(name):
+    m = tasks_of(name)
+    aggregator = BY_NAME[name].make(m)
+    params, rows = params_of(), rows_of(matrix_of(m))
+    state = aggregator.init(params)
+    losses = jnp.ones(m)
+    with pytest.raises(ValueError, match="without a task axis"):
+        aggregator.update({**params, "a": jnp.zeros((2, 3))}, state, params, losses=losses)
+    with pytest.raises(ValueError, match="params=None"):
+        aggregator.update(rows, state, losses=losses)
+    with pytest.raises(ValueError, match="same number of tasks"):
+        aggregator.update({**rows, "b": jnp.zeros(m + 1)}, state, params, losses=losses)
+    with pytest.raises(ValueError, match="floating point"):
+        aggregator.update({**rows, "b": jnp.zeros(m, int)}, state, params, losses=losses)
+    with pytest.raises(ValueError, match="structure"):
+        aggregator.update({"a": rows["a"]}, state, params, losses=losses)
+    with pytest.raises(ValueError, match="losses"):
+        aggregator.update(rows, state, params, losses=jnp.ones(m + 1))
+    with pytest.raises(ValueError, match="bool task_mask"):
+        aggregator.update(rows, state, params, losses=losses, task_mask=jnp.ones(m))
+    if BY_NAME[name].logs:
+        with pytest.raises(ValueError, match="num_tasks"):
+            aggregator.update(rows_of(matrix_of(m + 1)), state, params, losses=jnp.ones(m + 1))
+    weighting = aggregator.weighting
+    if weighting is not None:
+        with pytest.raises(ValueError, match=r"\(m, m\)"):
+            weighting.update(jnp.ones((m, m + 1)), weighting.init(), losses=losses)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_carry_no_gradient_and_compose_with_grad(name):
+    """grad of something around a step works, with the weights held fixed."""
+    m = tasks_of(name)
+    matrix = jnp.asarray(matrix_of(m), jnp.float32)
+    aggregator = BY_NAME[name].make(m)
+
+    def norm(scale):
+        update, _ = aggregator.update(
+            matrix * scale, aggregator.init(jnp.zeros(8)), jnp.zeros(8), losses=jnp.ones(m)
+        )
+        return jnp.sum(update)
+
+    value, slope = jax.jit(jax.value_and_grad(norm))(1.0)
+    np.testing.assert_allclose(slope, value, rtol=1e-3, atol=1e-4)  # J^T w is linear in J
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_partition_leaves_other_groups_alone(name):
+    m = tasks_of(name)
+    optimizer = optax.partition(
+        {"shared": BY_NAME[name].make(m), "head": jaxmtl.linear_scalarization(jnp.ones(m))},
+        {"a": "shared", "b": "head", "c": "shared", "d": "head"},
+    )
+    params, rows = params_of(), rows_of(matrix_of(m))
+    update, state = optimizer.update(rows, optimizer.init(params), params, losses=jnp.ones(m))
+    chex.assert_trees_all_equal_shapes(update, params)
+    np.testing.assert_allclose(update["b"], jnp.sum(rows["b"]), rtol=1e-5)
+    if BY_NAME[name].logs:
+        assert optax.tree.get(state, "mtl_weights").shape == (m,)
