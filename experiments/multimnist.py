@@ -1,8 +1,46 @@
 """MultiMNIST: read two overlapping digits with one network, by every method.
 
-    python -m experiments.multimnist
+    python -m experiments.multimnist                                          # bundled digits
+    python -m experiments.multimnist --dataset mnist --data-dir DIR --seeds 3 --methods \\
+        linear_scalarization mgda cr_mgda pcgrad cr_pcgrad cagrad cr_cagrad upgrad
 
-@@DOC@@
+Results are JSON lines, one per method and seed, in the folder `--out`; table and figure are made
+from them (`--report-only`), `--resume` goes on where a run stopped, `--smoke` takes seconds. The
+runs whose numbers follow are in `experiments/results`.
+
+A network with a shared trunk and two heads is trained by SGD; a method gets the Jacobian of all
+parameters, heads included. Seeds differ in initial parameters and minibatches, which all methods
+share. A step counts as conflicting if the inner product of the two gradients of the trunk is
+negative. Learning rates were chosen on held-out training digits (`--validation`): 0.2 of
+{0.2, 0.5, 1} for the digits, by linear scalarization and FairGrad; for MNIST 0.2 of {0.1, 0.2,
+0.4} by MGDA after 400 steps, as Zhou et al. tune the plain method and hand the rate to its CR- form.
+
+**Digits**, 17 methods, 5 seeds, 10 epochs: accuracy 97.5 to 98.0 % left and 97.4 to 97.6 % right
+with standard errors of 0.1 to 0.3: no method differs from linear scalarization (97.83 and 97.46 %)
+by more than its error. CAGrad's lower losses come with a longer step (1 + c times at most).
+
+**MNIST**, 3 seeds, one epoch, test accuracy in percent beside table 1 of Zhou et al. 2022:
+
+    method                  left            right           Zhou 2022
+    linear_scalarization    96.89 +- 0.17   96.00 +- 0.23
+    mgda                    96.96 +- 0.14   95.37 +- 0.32   96.46  95.29
+    cr_mgda                 96.84 +- 0.15   95.86 +- 0.28   96.92  95.44
+    pcgrad                  96.89 +- 0.23   96.14 +- 0.15   96.63  95.37
+    cr_pcgrad               96.64 +- 0.41   95.86 +- 0.41   96.90  95.75
+    cagrad                  96.77 +- 0.32   96.14 +- 0.34   96.47  95.20
+    cr_cagrad               96.70 +- 0.24   95.91 +- 0.23   96.85  95.70
+    upgrad                  96.90 +- 0.17   96.14 +- 0.17
+
+The level is the paper's; its claim, that the CR- form improves both tasks of every method, is not
+reproduced: paired over seeds, CR- minus plain is -0.1 and +0.5 (MGDA), -0.3 and -0.3 (PCGrad), -0.1
+and -0.2 (CAGrad). Only on MGDA's weaker right digit does it help, and there by one standard error.
+Corollary 1 nearly freezes the weights after some tens of steps (1 - alpha_k is at most of order
+1/k), so that a CR- form is close to a linear scalarization with weights drawn early.
+
+**Reference**: Sener and Koltun 2018, section 5; Zhou et al. 2022, section 6 and table 1.
+
+**Differs from** Zhou et al.: one epoch, batches of 32 (they state neither), a 36 x 36 canvas, no
+dropout in LeNet, PCGrad averaged over tasks, alpha of corollary 1 with eta_k/eta_1 of `inverse_sqrt`.
 """
 
 import argparse
@@ -270,7 +308,7 @@ def title_of(records: Sequence[Record]) -> str:
     """Return what table and figure show."""
     config = records[0]["config"]
     return (
-        f"MultiMNIST ({config['dataset']}), test set after {config['epochs']} epochs, "
+        f"MultiMNIST ({config['dataset']}), test set, epoch {config['epochs']}, "
         "mean ± standard error over seeds"
     )
 
@@ -364,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a log file or a pipe: do not fold the table
+        console.width = 130  # a log file or a pipe: do not fold the table
     fields = ("epochs", "max_steps", "batch_size", "learning_rate", "validation")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if args.smoke:
