@@ -17,7 +17,7 @@ from jaxmtl.transforms.track_gradients import (
     times_rows,
     track,
 )
-from jaxmtl.weightings.simplex import on_present, project_finite
+from jaxmtl.weightings.simplex import on_present, project_finite, uniform
 
 
 class MoCoState(NamedTuple):
@@ -102,7 +102,7 @@ def moco(
     bound = check_bound(max_norm, num_tasks)
 
     def init(params: Any) -> MoCoState:
-        return MoCoState(init_tracking(params, m), jnp.full((m,), 1 / m), jnp.zeros((m,)))
+        return MoCoState(init_tracking(params, m), uniform(m), jnp.zeros((m,)))
 
     def normalised(jacobian: Any, losses: jax.Array | None) -> Any:
         if normalise is None:
@@ -125,10 +125,13 @@ def moco(
         old = start_from(state.tracking, rows, initial, task_mask)
         new = track(state.tracking, rows, beta, task_mask, initial=initial, max_norm=bound)
         y = base.remove_absent(old if order == "paper" else new.tracked, task_mask, m)
-        gramian = linalg.gramian(y)
+        gramian, log2_scale = linalg.balanced_gramian(y)
         old_lambda = on_present(state.coefficients.astype(gramian.dtype), task_mask)
         rate = rate_at(gamma, state.tracking.mtl_step).astype(gramian.dtype)
-        moved = old_lambda - rate * (gramian @ old_lambda + rho * old_lambda)  # eq. 10
+        slope = linalg.ldexp(gramian @ old_lambda, 2 * log2_scale)
+        largest = jnp.finfo(slope.dtype).max / 4  # rows whose squares overflow decay again
+        slope = rate * (jnp.clip(slope, -largest, largest) + rho * old_lambda)
+        moved = old_lambda - jnp.clip(slope, -largest, largest)  # eq. 10
         if projection == "simplex":
             new_lambda = project_finite(moved, task_mask)
         else:

@@ -8,6 +8,7 @@ from jax import lax
 
 from jaxmtl import base
 from jaxmtl.balancing.losses import from_losses, positive_part
+from jaxmtl.weightings.simplex import uniform
 
 
 def group_means(values: jax.Array, num_groups: int, task_mask: jax.Array) -> jax.Array:
@@ -113,7 +114,7 @@ def go4align(
     base.check_range("step_size", step_size, 0)
 
     def init() -> GO4AlignState:
-        return GO4AlignState(jnp.full((num_tasks,), 1 / (num_tasks or 1)))
+        return GO4AlignState(uniform(num_tasks or 1))
 
     def weigh(
         losses: jax.Array, state: GO4AlignState, task_mask: jax.Array, **inputs: Any

@@ -171,7 +171,8 @@ def ldc_mtl(
     permutation-equivariant: f compares neighbours; reversing the order changes nothing. Absent
     tasks are removed, with their neighbours made neighbours, and keep their part of W. Without
     normalisation losses of any sign will do. Under ``"log"`` a loss at or below the least
-    normal number has weight 0; under the ratios an l_0 at or below it counts as 1.
+    normal number has weight 0; under the ratios an l_0 at or below it counts as 1. A
+    step at which the router's optimizer overflows (Adam, beyond 1e19 in float32) is skipped.
 
     **Features** are detached: sigma depends on W alone, as in the paper's equations. The code of
     the dense predictions attaches them. The weights of m losses cannot express that, so here it

@@ -72,7 +72,7 @@ def uncertainty_weighting(
     stepper = default_optimizer() if optimizer is None else optimizer
 
     def init() -> LearnedState:
-        return init_learned(stepper, jnp.full((num_tasks,), initial))
+        return init_learned(stepper, jnp.full((num_tasks,), initial, jnp.result_type(float)))
 
     def weigh(
         losses: jax.Array, state: LearnedState, task_mask: jax.Array, **inputs: Any

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import base
-from jaxmtl.weightings.simplex import on_present, project_finite, read_cross_gramian
+from jaxmtl.weightings.simplex import on_present, project_finite, read_cross_gramian, uniform
 
 
 class MoDoState(NamedTuple):
@@ -59,7 +59,7 @@ def modo(gamma: float = 0.1, *, rho: float = 0.0, num_tasks: int | None = None) 
     base.check_range("rho", rho, 0)
 
     def init() -> MoDoState:
-        return MoDoState(jnp.full((num_tasks,), 1 / (num_tasks or 1)))
+        return MoDoState(uniform(num_tasks or 1))
 
     def weigh(
         gramian: Any,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base
-from jaxmtl.weightings.simplex import on_present, project_finite, read_cross_gramian
+from jaxmtl.weightings.simplex import on_present, project_finite, read_cross_gramian, uniform
 
 
 class SDMGradState(NamedTuple):
@@ -83,7 +83,7 @@ def sdmgrad(
     p = base.check_vector("preference", preference, num_tasks)
 
     def init() -> SDMGradState:
-        return SDMGradState(jnp.full((num_tasks,), 1 / (num_tasks or 1)))
+        return SDMGradState(uniform(num_tasks or 1))
 
     def weigh(
         gramian: Any,

@@ -6,21 +6,29 @@ import jax.numpy as jnp
 from jaxmtl.solvers import project_simplex
 
 
+def uniform(num_tasks: int) -> jax.Array:
+    """Returns (m,) weights 1/m, of a strong dtype: a weak one compiles a step twice."""
+    return jnp.full((num_tasks,), 1 / num_tasks, jnp.result_type(float))
+
+
 def on_present(weights: jax.Array, task_mask: jax.Array) -> jax.Array:
     """Returns the weights of the present tasks scaled to sum 1 (uniform if all are 0)."""
     present = jnp.where(task_mask, weights, 0)
     total = jnp.sum(present)
-    uniform = task_mask / jnp.maximum(jnp.sum(task_mask), 1)
-    return jnp.where(total > 0, present / jnp.where(total > 0, total, 1), uniform)
+    equal = task_mask / jnp.maximum(jnp.sum(task_mask), 1)
+    return jnp.where(total > 0, present / jnp.where(total > 0, total, 1), equal)
 
 
 def project_finite(x: jax.Array, task_mask: jax.Array) -> jax.Array:
     """Projects onto the simplex; NaN, for the guard to see, if an entry is not finite.
 
-    Sorting would turn such an entry into an ordinary, wrong weight.
+    Sorting would turn such an entry into an ordinary, wrong weight. The largest entry is
+    subtracted first, which the projection does not see, lest 1 vanish beside large entries.
     """
     ok = jnp.all(jnp.isfinite(jnp.where(task_mask, x, 0)))
-    return jnp.where(ok, project_simplex(x, task_mask), jnp.nan)
+    largest = jnp.max(jnp.where(task_mask, x, -jnp.inf))
+    shifted = jnp.where(task_mask & ok, x - largest, 0)
+    return jnp.where(ok, project_simplex(shifted, task_mask), jnp.nan)
 
 
 def read_cross_gramian(cross_gramian: jax.Array | None, task_mask: jax.Array) -> jax.Array:
