@@ -11,12 +11,6 @@ from jax import lax
 from jaxmtl.engine import explain, value_and_gramian
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.result_type(float))
 

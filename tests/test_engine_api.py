@@ -9,12 +9,6 @@ from jaxmtl import base, linear_scalarization, trimmed_mean
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.result_type(float))
 
@@ -254,13 +248,22 @@ def test_head_weights_of_loss_rules_and_of_rules_that_say():
     assert_close(grads["heads"]["w"], jnp.tensordot(weights, jacobian, 1), 1e-5)
 
     class Weighting(type(of_losses.weighting)):
-        head_weights = staticmethod(lambda state: 2 * jnp.ones(M))
+        head_weights = staticmethod(lambda state, task_mask=None: 2 * jnp.ones(M))
 
     aggregator = base.Aggregator(of_losses.init, of_losses.update, Weighting(*of_losses.weighting))
     _, grads = value_and_grad(task_losses, aggregator, shared=SHARED)(
         params, of_losses.init(params), x
     )
     assert_close(grads["heads"]["w"], 2 * jnp.sum(jacobian, 0), 1e-5)
+
+
+def test_absent_tasks_move_no_head():
+    params, x = parameters(), normal(9, 8, 4)
+    aggregator = base.from_weighting(lambda gramian, task_mask: task_mask / 1.0)
+    mask = jnp.arange(M) != 2
+    fun = value_and_grad(task_losses, aggregator, shared=SHARED)
+    _, grads = fun(params, aggregator.init(params), x, task_mask=mask)
+    assert np.array_equal(np.any(grads["heads"]["w"], axis=1), mask)
 
 
 def test_non_finite_steps_are_skipped():

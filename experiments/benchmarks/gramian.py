@@ -210,21 +210,23 @@ def make_step(method: str, name: str, model: Model, batch: Any, lr: float) -> St
 def measure(steps: dict[str, Step], repeats: int, seconds: float) -> dict[str, list[float]]:
     """Time the methods in turn until each has `repeats` steps or has taken `seconds`.
 
-    A short step is timed after one that is not, so that no method pays for the cold caches that a
-    larger one before it leaves behind.
+    Short steps are timed three at a time, after two that are not, so that no method pays for the
+    cold caches and returned pages that a larger one before it leaves behind.
     """
     times: dict[str, list[float]] = {method: [] for method in steps}
     for step in steps.values():
         step.run()
     for _ in range(repeats):
         for method, step in steps.items():
-            if sum(times[method]) > seconds and len(times[method]) >= 2:
+            found = times[method]
+            if len(found) >= repeats or (sum(found) > seconds and len(found) >= 2):
                 continue
-            if not times[method] or times[method][-1] < 0.1:
+            short = not found or found[-1] < 0.1
+            for i in range(5 if short else 1):
+                began = time.perf_counter()
                 step.run()
-            began = time.perf_counter()
-            step.run()
-            times[method].append(time.perf_counter() - began)
+                if i >= 2 or not short:
+                    found.append(time.perf_counter() - began)
     return times
 
 

@@ -106,7 +106,7 @@ def value_and_grad(
       encoder: see `value_and_gramian`; z is passed to the weighting as `features`.
       shared: see `value_and_gramian`. The other parameters get `J^T h`, with h ones for rules that
         read the Gramian, the weights themselves for those that do not, and
-        `aggregator.weighting.head_weights(state)` where there is such a function.
+        `aggregator.weighting.head_weights(state, task_mask=None)` where there is such a function.
       has_aux: see `value_and_gramian`.
       chunk_size: see `value_and_gramian`.
 
@@ -154,8 +154,12 @@ def value_and_grad(
             gramian = jnp.zeros((losses.shape[0],) * 2, dtype)
         weights, new_state = weighting.update(gramian, state, losses=losses, **extra)
         weights = lax.stop_gradient(weights)
-        grads = found.pullback(weights, _head_weights(weighting, reads_gramian, weights, state))
+        mask = extra.get("task_mask")
+        heads = _head_weights(weighting, reads_gramian, weights, state, mask)
+        grads = found.pullback(weights, heads)
         ok = _finite(grads)
+        if hasattr(state, "mtl_skipped"):  # A step that the weighting skips is one for heads too.
+            ok &= new_state.mtl_skipped == state.mtl_skipped
         grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
         new_state = base.skip_unless(ok, new_state, state)
         value = (found.losses, found.aux) if has_aux else found.losses
@@ -174,11 +178,16 @@ def _finite(grads: PyTree) -> Array:
     return ok
 
 
-def _head_weights(weighting: Any, reads_gramian: bool, weights: Array, state: PyTree) -> Array:
+def _head_weights(
+    weighting: Any, reads_gramian: bool, weights: Array, state: PyTree, task_mask: Any
+) -> Array:
     rule = getattr(weighting, "head_weights", None)
     if rule is not None:
-        return lax.stop_gradient(rule(state))
-    return jnp.ones_like(weights) if reads_gramian else weights
+        return lax.stop_gradient(rule(state, task_mask=task_mask))
+    if not reads_gramian:
+        return weights
+    ones = jnp.ones_like(weights)
+    return ones if task_mask is None else jnp.where(task_mask, ones, 0)
 
 
 def cross_gramian(
