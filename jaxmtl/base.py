@@ -452,14 +452,16 @@ def from_rule(rule: Rule) -> Aggregator:
         # Weights carry no gradient, and solvers are loops without a reverse mode.
         inputs = lax.stop_gradient(inputs)
         dtype = linalg.accumulation_dtype(gramian, inputs["losses"])
-        if gramian is not None and "gramian" in rule.reads:
+        if gramian is None:  # of a rule that takes no more than m and the dtype from it
+            gramian = jnp.zeros((m, m), dtype)
+        elif "gramian" in rule.reads:
             gramian = lax.stop_gradient(gramian)
             gramian = jnp.where(mask[:, None] & mask[None, :], gramian, 0)
             gramian, shift = linalg.normalise_gramian(gramian)
             log2_scale = jnp.asarray(log2_scale, jnp.int32) + shift
         read = [gramian if name == "gramian" else inputs[name] for name in rule.reads]
         ok = linalg.all_finite(read)
-        if gramian is not None:
+        if "gramian" in rule.reads:
             gramian = jnp.where(ok, gramian, jnp.eye(m, dtype=dtype))  # keeps loops short
         weights, inner, residual = rule.apply(
             gramian, state.inner, task_mask=mask, log2_scale=log2_scale, **inputs

@@ -34,16 +34,19 @@ def test_cr_mogm_is_algorithm_1(start):
     )
     w = {None: np.full(3, 1 / 3)}.get(start if start is None else 0)
     if w is None:
-        w = plain[0] if isinstance(start, str) else np.asarray(start)
+        w = plain[0] if isinstance(start, str) else np.asarray(start, float)
     for hat, got in zip(plain, averaged, strict=True):
         w = 0.7 * w + 0.3 * hat
         np.testing.assert_allclose(got, w, rtol=1e-12)
 
 
 def test_cr_mogm_with_a_schedule_counts_from_zero():
+    def share(step):
+        return step.astype(float) / (step + 1)  # int32 / int32 would be float32
+
     sequence = gramians(3)
     plain = weights_over(jaxmtl.mgda(), sequence)
-    aggregator = jaxmtl.cr_mogm(jaxmtl.mgda(num_tasks=3), alpha=lambda step: step / (step + 1))
+    aggregator = jaxmtl.cr_mogm(jaxmtl.mgda(num_tasks=3), alpha=share)
     w = np.full(3, 1 / 3)
     for step, (hat, got) in enumerate(zip(plain, weights_over(aggregator, sequence), strict=True)):
         a = step / (step + 1)

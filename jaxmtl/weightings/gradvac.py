@@ -71,6 +71,8 @@ def vaccinate_in_order(
         return coefficients, target.at[tasks, j].add(step.astype(target.dtype))
 
     start = (jnp.diag(present.astype(dtype)), target.astype(dtype))
+    if not orders.shape[1]:  # m = 1: nobody to meet
+        return jnp.sum(start[0], axis=0), start[1]
     coefficients, target = lax.fori_loop(0, orders.shape[1], meet, start)
     return jnp.sum(coefficients, axis=0), target
 

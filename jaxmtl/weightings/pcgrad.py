@@ -44,6 +44,8 @@ def project_in_order(
         return coefficients.at[tasks, j].add(-share)
 
     start = jnp.diag(present.astype(gramian.dtype))
+    if not orders.shape[1]:  # m = 1: nobody to meet
+        return jnp.sum(start, axis=0)
     return jnp.sum(lax.fori_loop(0, orders.shape[1], meet, start), axis=0)
 
 
