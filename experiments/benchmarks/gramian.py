@@ -161,7 +161,7 @@ def _torchjd(name: str, route: str, x: Any, y: Any, lr: float) -> Step | None:
     """Return TorchJD's step: its Gramian engine ("autogram") or its Jacobian ("autojac")."""
     try:
         import torch
-        import torchjd
+        from torchjd import autogram, autojac
         from torchjd.aggregation import UPGrad, UPGradWeighting
     except ImportError:
         return None
@@ -175,7 +175,7 @@ def _torchjd(name: str, route: str, x: Any, y: Any, lr: float) -> Step | None:
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     loss_fn = torch.nn.CrossEntropyLoss(reduction="none")
     if route == "autogram":
-        engine = torchjd.autogram.Engine(network, batch_dim=0)
+        engine = autogram.Engine(network, batch_dim=0)
         weighting = UPGradWeighting()
     else:
         aggregator = UPGrad()
@@ -186,8 +186,8 @@ def _torchjd(name: str, route: str, x: Any, y: Any, lr: float) -> Step | None:
         if route == "autogram":
             losses.backward(weighting(engine.compute_gramian(losses)))
         else:
-            torchjd.autojac.backward(losses)
-            torchjd.autojac.jac_to_grad(network.parameters(), aggregator)
+            autojac.backward(losses)
+            autojac.jac_to_grad(network.parameters(), aggregator)
         optimizer.step()
 
     return Step(run)
