@@ -99,7 +99,8 @@ def nonneg_qp(
     def minimise_on(free: jax.Array, gradient: jax.Array) -> jax.Array:
         pair = free[:, :, None] & free[:, None, :]
         diagonal = jnp.where(free, ridge, 1)[:, :, None] * identity
-        factor = jnp.linalg.cholesky(jnp.where(pair, matrix, 0) + diagonal)
+        face = jnp.where(pair, matrix, 0) + diagonal
+        factor = lax.linalg.cholesky(face, symmetrize_input=False)
 
         def solve(rhs: jax.Array) -> jax.Array:
             return jax.scipy.linalg.cho_solve((factor, True), rhs[..., None])[..., 0]
