@@ -13,8 +13,8 @@ parameters, heads included. Seeds differ in initial parameters and minibatches, 
 share. A step counts as conflicting if the inner product of the two gradients of the trunk is
 negative. Learning rates were chosen on held-out training digits (`--validation`): 0.2 of
 {0.2, 0.5, 1} for the digits, by linear scalarization and FairGrad; for MNIST 0.2 of {0.1, 0.2,
-0.4} by MGDA after 400 steps; as with Zhou et al., the rate of the plain method serves its CR- form.
-The literal eta / sqrt(k) with eta = 0.5 was tried first on MNIST and given up after its test results
+0.4} by MGDA after 400 steps; as in Zhou et al., the rate of the plain method serves its CR- form.
+The literal eta / sqrt(k), eta = 0.5, was tried first on MNIST and given up after its test results
 were seen (91 to 96 % after two epochs); the schedule in use was then tuned on held-out digits.
 
 **Digits**, 17 methods, 5 seeds, 10 epochs: accuracy 97.5 to 98.0 % left and 97.4 to 97.6 % right

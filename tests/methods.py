@@ -7,6 +7,7 @@ The tests cross it with their checks, and the README's table is printed from it 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import optax
 
 import jaxmtl
@@ -32,7 +33,24 @@ class Method:
     min_tasks: int = 1
     solver: bool = False  # iterates, so that float32 is tested as well
     masks: bool = True
+    equivariant: bool = True
     logs: bool = True  # has mtl_weights when num_tasks is given
+
+
+def _loss_rule(name: str, make, rule: str, reference: str, **claims) -> Method:
+    """A rule on the losses alone, whose weights do not depend on the gradients."""
+    inputs = claims.pop("inputs", ("losses",))
+    needs = ", ".join(f"`{name}`" for name in inputs)
+    return Method(
+        name,
+        make,
+        rule,
+        reference,
+        needs=needs,
+        inputs=inputs,
+        linear_under_scaling=True,
+        **claims,
+    )
 
 
 METHODS = (
@@ -168,6 +186,140 @@ METHODS = (
         logs=False,
     ),
     Method(
+        "sdmgrad",
+        lambda m: jaxmtl.sdmgrad(num_tasks=m),
+        "common direction near a preferred one, from independent batches",
+        "Xiao 2023",
+        needs="`cross_gramian`",
+        inputs=("cross_gramian",),
+        scale_free=False,
+        degree=None,
+        stateful=True,
+    ),
+    Method(
+        "modo",
+        lambda m: jaxmtl.modo(num_tasks=m),
+        "one step a call towards the least norm, from independent batches",
+        "Chen 2023",
+        needs="`cross_gramian`",
+        inputs=("cross_gramian",),
+        scale_free=False,
+        degree=None,
+        stateful=True,
+    ),
+    Method(
+        "moco",
+        lambda m: jaxmtl.moco(num_tasks=m, initial="first"),
+        "tracked gradients, combined towards the least norm",
+        "Fernando 2022",
+        needs="coordinates",
+        weighted=False,
+        scale_free=False,
+        degree=None,
+        stateful=True,
+        logs=False,
+    ),
+    Method(
+        "excess_mtl",
+        lambda m: jaxmtl.excess_mtl(num_tasks=m),
+        "weights to tasks whose excess risk falls least",
+        "He 2024",
+        needs="coordinates",
+        weighted=False,
+        scale_free=False,
+        degree=None,
+        stateful=True,
+        logs=False,
+    ),
+    Method(
+        "db_mtl",
+        lambda m: jaxmtl.db_mtl(num_tasks=m),
+        "tracked gradients of log losses, all of the largest norm",
+        "Lin 2023",
+        needs="coordinates, `losses`",
+        inputs=("losses",),
+        weighted=False,
+        scale_free=False,
+        stateful=True,
+        logs=False,
+    ),
+    _loss_rule("scale_invariant", lambda m: jaxmtl.scale_invariant(num_tasks=m), "1 / l", "-"),
+    _loss_rule(
+        "rlw",
+        lambda m: jaxmtl.rlw(num_tasks=m),
+        "softmax of Gaussian noise",
+        "Lin 2021",
+        random=True,
+    ),
+    _loss_rule(
+        "dwa",
+        lambda m: jaxmtl.dwa(num_tasks=m),
+        "softmax of the losses' rates of change",
+        "Liu 2019",
+        stateful=True,
+    ),
+    _loss_rule(
+        "uncertainty_weighting",
+        lambda m: jaxmtl.uncertainty_weighting(num_tasks=m),
+        "learned variances",
+        "Kendall 2018",
+        stateful=True,
+    ),
+    _loss_rule(
+        "imtl_l",
+        lambda m: jaxmtl.imtl_l(num_tasks=m),
+        "learned scales, e^s l - s",
+        "Liu 2021b",
+        stateful=True,
+    ),
+    Method(
+        "imtl",
+        lambda m: jaxmtl.imtl(num_tasks=m),
+        "`imtl_l`, then `imtl_g` on the shared part",
+        "Liu 2021b",
+        needs="Gramian, `losses`",
+        inputs=("losses",),
+        stateful=True,
+    ),
+    Method(
+        "gradnorm",
+        lambda m: jaxmtl.gradnorm(num_tasks=m),
+        "weights learned until gradient norms follow training rates",
+        "Chen 2018",
+        needs="Gramian, `losses`",
+        inputs=("losses",),
+        scale_free=False,
+        degree=None,
+        stateful=True,
+    ),
+    _loss_rule("gls", lambda m: jaxmtl.gls(num_tasks=m), "geometric mean", "Chennupati 2019"),
+    _loss_rule(
+        "stch", lambda m: jaxmtl.stch(num_tasks=m), "smooth maximum of the losses", "Lin 2024"
+    ),
+    _loss_rule(
+        "famo",
+        lambda m: jaxmtl.famo(num_tasks=m),
+        "equal rates of improvement, amortised",
+        "Liu 2023",
+        inputs=("losses", "previous_batch_losses"),
+        stateful=True,
+    ),
+    _loss_rule(
+        "go4align",
+        lambda m: jaxmtl.go4align(num_tasks=m),
+        "groups of tasks that lag together",
+        "Shen 2024",
+        stateful=True,
+    ),
+    _loss_rule(
+        "ldc_mtl",
+        lambda m: jaxmtl.ldc_mtl(num_tasks=m),
+        "bilevel: loss discrepancy above, router weights below",
+        "Xiao 2025",
+        stateful=True,
+        equivariant=False,
+    ),
+    Method(
         "cr_mogm",
         lambda m: jaxmtl.cr_mogm(jaxmtl.mgda(), num_tasks=m),
         "another rule's weights, averaged over steps",
@@ -192,6 +344,13 @@ METHODS = (
         needs="a rule",
     ),
 )
+
+# Inputs of `update` beyond the gradients, of one number of tasks and one dtype.
+INPUTS = {
+    "losses": lambda m: jnp.linspace(0.5, 1.5, m),
+    "previous_batch_losses": lambda m: jnp.linspace(0.4, 1.2, m),
+    "cross_gramian": lambda m: jnp.eye(m) + 0.1 * jnp.arange(m),
+}
 
 BY_NAME = {method.name: method for method in METHODS}
 
