@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments import training_steps
 from jaxmtl.aggregators.db_mtl import db_mtl
 from jaxmtl.aggregators.excess_mtl import excess_mtl
 from jaxmtl.aggregators.moco import moco
@@ -228,6 +229,13 @@ def test_double_sampling_reads_a_cross_gramian(make):
     np.testing.assert_array_equal(weights, [0, 0])
     assert state.mtl_skipped == 1
     np.testing.assert_array_equal(state.inner.simplex_weights, [0.5, 0.5])
+
+
+@pytest.mark.parametrize("example", training_steps.runs())
+def test_training_steps(example):
+    """Every written-out step brings the parameters near the Pareto set, from 3 away."""
+    params = training_steps.train(*training_steps.runs()[example])
+    assert abs(params[1]) < 0.3
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def flops_of(compiled: Any) -> float:
     return float((compiled.cost_analysis() or {}).get("flops", float("nan")))
 
 
-def median_times(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def median_times(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Return the median seconds of each function, called in turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(repeats + 1):
@@ -197,10 +198,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
             aggregator = RULES[name](m)
             args = (params, aggregator.init(params), x, y, extras(m))
             programs[name] = jax.jit(make_step(aggregator, m)).lower(*args).compile(), args
-        runs: dict[str, Callable[[], Any]] = {
-            name: (lambda program=program, args=args: program(*args))
-            for name, (program, args) in programs.items()
-        }
+        runs = {name: partial(program, *args) for name, (program, args) in programs.items()}
         times = median_times(runs, options.repeats)
         for name, (program, _) in programs.items():
             records.append(

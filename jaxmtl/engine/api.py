@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base
+from jaxmtl import base, linalg
 from jaxmtl.engine import factors, plan, routes, tasks
 
 Array = Any
@@ -157,7 +157,7 @@ def value_and_grad(
         mask = extra.get("task_mask")
         heads = _head_weights(weighting, reads_gramian, weights, state, mask)
         grads = found.pullback(weights, heads)
-        ok = _finite(grads)
+        ok = linalg.all_finite(grads)
         if hasattr(state, "mtl_skipped"):  # A step that the weighting skips is one for heads too.
             ok &= new_state.mtl_skipped == state.mtl_skipped
         grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
@@ -166,16 +166,6 @@ def value_and_grad(
         return (value, new_state), grads
 
     return evaluate
-
-
-def _finite(grads: PyTree) -> Array:
-    # The largest entry tells, as NaN is passed on: one number per leaf, where isfinite(x) would be
-    # written out for every parameter before it is reduced.
-    largest = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(grads) if x.size]
-    ok = jnp.asarray(True)
-    for x in largest:
-        ok &= jnp.isfinite(x)
-    return ok
 
 
 def _head_weights(

@@ -133,7 +133,7 @@ def arrange(
 
 def gramian_dtype(*arrays: Array) -> Any:
     """Return the widest dtype, at least float32; Python scalars among parameters count in full."""
-    return accumulation_dtype([jnp.result_type(x.dtype) for x in arrays])
+    return accumulation_dtype(arrays)
 
 
 def whole_sharding(array: Array, ndim: int) -> NamedSharding | None:
