@@ -1,7 +1,6 @@
 """What is worth logging about the gradients and the results of a multi-task training.
 
 Functions of the ``(m, m)`` Gramian where that is enough, so that they cost nothing beside it.
-Tasks absent from a batch should be left out of the Gramian first.
 """
 
 from typing import Any
@@ -14,6 +13,14 @@ from jaxmtl import linalg, solvers
 from jaxmtl.solvers.quadratic import row_normalised
 
 PyTree = Any
+
+
+def _present(gramian: jax.Array, task_mask: jax.Array | None) -> jax.Array:
+    return jnp.ones(gramian.shape[:1], bool) if task_mask is None else task_mask
+
+
+def _removed(gramian: jax.Array, present: jax.Array) -> jax.Array:
+    return jnp.where(present[:, None] & present[None, :], gramian, 0)
 
 
 def cosine_similarities(gramian: jax.Array) -> jax.Array:
@@ -34,11 +41,12 @@ def cosine_similarities(gramian: jax.Array) -> jax.Array:
     return jnp.clip(row_normalised(linalg.normalise_gramian(gramian)[0])[0], -1, 1)
 
 
-def conflict_rate(gramian: jax.Array) -> jax.Array:
+def conflict_rate(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
     """Computes the share of pairs of gradients with a negative inner product.
 
     Args:
       gramian: (m, m).
+      task_mask: (m,) bool; pairs with absent tasks do not count.
 
     Returns:
       Scalar in [0, 1]; 0 for one task.
@@ -50,9 +58,9 @@ def conflict_rate(gramian: jax.Array) -> jax.Array:
     >>> print(conflict_rate(jnp.array([[1.0, -1.0], [-1.0, 2.0]])))
     1.0
     """
-    m = gramian.shape[0]
-    conflicts = jnp.sum(jnp.triu(gramian < 0, 1))
-    return conflicts.astype(gramian.dtype) / max(m * (m - 1) // 2, 1)
+    present = _present(gramian, task_mask)
+    pairs = jnp.triu(present[:, None] & present[None, :], 1)
+    return jnp.sum(pairs & (gramian < 0)) / jnp.maximum(jnp.sum(pairs), 1).astype(gramian.dtype)
 
 
 def gradient_magnitude_similarity(gramian: jax.Array) -> jax.Array:
@@ -79,12 +87,13 @@ def gradient_magnitude_similarity(gramian: jax.Array) -> jax.Array:
     return jnp.where(total > 0, jnp.minimum(similarity, 1), 1)
 
 
-def condition_number(gramian: jax.Array) -> jax.Array:
+def condition_number(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
     """Computes the ratio of the largest to the smallest singular value of the Jacobian.
 
     Args:
       gramian: (m, m); its eigenvalues are the squares, so that beyond one over the root of the
         machine epsilon (about 3,000 in float32) the answer is infinity.
+      task_mask: (m,) bool; absent tasks are left out.
 
     Returns:
       Scalar, at least 1; infinity for dependent gradients.
@@ -96,16 +105,21 @@ def condition_number(gramian: jax.Array) -> jax.Array:
     >>> print(condition_number(jnp.diag(jnp.array([1.0, 9.0]))))
     3.0
     """
-    values = jnp.linalg.eigvalsh(linalg.normalise_gramian(gramian)[0])
+    present = _present(gramian, task_mask)
+    scaled = linalg.normalise_gramian(_removed(gramian, present))[0]
+    # An absent task becomes an eigenvalue among the others: their mean changes no extreme.
+    mean = jnp.trace(scaled) / jnp.maximum(jnp.sum(present), 1)
+    values = jnp.linalg.eigvalsh(scaled + jnp.diag(jnp.where(present, 0, mean)))
     least = values[0] > gramian.shape[0] * jnp.finfo(gramian.dtype).eps * values[-1]
     return jnp.where(least, jnp.sqrt(values[-1] / jnp.where(least, values[0], 1)), jnp.inf)
 
 
-def pareto_stationarity(gramian: jax.Array) -> jax.Array:
+def pareto_stationarity(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
     """Computes the least norm of a convex combination of the gradients.
 
     Args:
       gramian: (m, m).
+      task_mask: (m,) bool; absent tasks are left out.
 
     Returns:
       Scalar, 0 exactly at Pareto-stationary points.
@@ -117,8 +131,9 @@ def pareto_stationarity(gramian: jax.Array) -> jax.Array:
     >>> print(pareto_stationarity(jnp.diag(jnp.array([8.0, 8.0]))))
     2.0
     """
-    scaled, log2_scale = linalg.normalise_gramian(gramian)
-    weights = solvers.min_norm(scaled).value
+    present = _present(gramian, task_mask)
+    scaled, log2_scale = linalg.normalise_gramian(_removed(gramian, present))
+    weights = solvers.min_norm(scaled, present).value
     return linalg.ldexp(jnp.sqrt(jnp.maximum(weights @ scaled @ weights, 0)), log2_scale)
 
 

@@ -49,6 +49,14 @@ def test_edges():
     assert metrics.conflict_rate(jnp.ones((1, 1))) == 0
 
 
+def test_absent_tasks_are_left_out():
+    mask = jnp.array([True, False, True])
+    gramian = GRAMIAN.at[1].set(jnp.nan).at[:, 1].set(jnp.nan)
+    two = GRAMIAN[jnp.ix_(jnp.array([0, 2]), jnp.array([0, 2]))]
+    for metric in (metrics.conflict_rate, metrics.condition_number, metrics.pareto_stationarity):
+        np.testing.assert_allclose(metric(gramian, mask), metric(two), rtol=1e-5)
+
+
 def test_multi_gradient_bias():
     samples = {"a": jnp.array([[1.0, 0.0], [3.0, 0.0]]), "b": jnp.array([4.0, 6.0])}
     reference = {"a": jnp.array([2.0, 3.0]), "b": jnp.array(1.0)}

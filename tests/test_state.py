@@ -163,7 +163,8 @@ def test_an_absent_task_is_removed_exactly(rule):
         of_two = {k: v[MASK] if v.shape[0] == 3 else v for k, v in inputs.items()}
         of_two["cross_gramian"] = of_two["cross_gramian"][:, MASK]
         expected, small = step_2({k: v[MASK] for k, v in jacobian.items()}, small, of_two)
-        for x in (*jacobian.values(), inputs["losses"], inputs["previous_batch_losses"]):
+        of_tasks = ("losses", "previous_batch_losses", "lower_losses")
+        for x in (*jacobian.values(), *(inputs[name] for name in of_tasks)):
             x[1] = np.nan
         inputs["cross_gramian"][1], inputs["cross_gramian"][:, 1] = np.nan, np.nan
         update, state = step(jacobian, state, inputs | {"task_mask": MASK})

@@ -272,6 +272,12 @@ def ldc_mtl(
             values, losses, features, baseline, task_mask
         )
         if double_loop:
+            if lower_losses is None or jnp.shape(lower_losses) != (m,):
+                got = None if lower_losses is None else jnp.shape(lower_losses)
+                raise ValueError(
+                    f"double_loop reads lower_losses, the losses at z_N: expected shape ({m},), "
+                    f"got {got}; take them from descend_lower"
+                )
             reached = jnp.where(task_mask, jnp.asarray(lower_losses, losses.dtype), 1)
             scaled = normalised(reached, baseline, normalise, task_mask)
 
@@ -310,7 +316,7 @@ def ldc_mtl(
 
         return jax.grad(of)(lax.stop_gradient(checked(features)))
 
-    reads = ("features",) * (feature_size is not None) + ("lower_losses",) * double_loop
+    reads = () if feature_size is None else ("features",)
     aggregator = from_losses(weigh, init=init, num_tasks=num_tasks, reads=reads)
     return extend(aggregator, lower_objective=lower_objective, feature_gradient=feature_gradient)
 
