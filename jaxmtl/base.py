@@ -499,7 +499,10 @@ def from_rule(rule: Rule) -> Aggregator:
         if rule.extras is not None and "jacobian" in rule.extras:
             extra["jacobian"] = jacobian
         weights, new = update(gramian, state, log2_scale=log2_scale, **extra)
-        return guard_update(linalg.combine(jacobian, weights), new, state)
+        combined = linalg.combine(jacobian, weights)
+        if "gramian" in rule.reads:
+            combined = linalg.without_rounding(combined, jacobian, weights)
+        return guard_update(combined, new, state)
 
     return Aggregator(lambda params: init(), update_from_rows, weighting)
 

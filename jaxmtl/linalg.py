@@ -205,6 +205,13 @@ def _row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Arra
     return largest > 0, jnp.frexp(largest)[1]
 
 
+def _largest_exponent(nonzero: jax.Array, exponent: jax.Array) -> jax.Array:
+    # A zero row has no scale of its own.
+    lowest = jnp.iinfo(exponent.dtype).min // 4
+    top = jnp.max(jnp.where(nonzero, exponent, lowest))
+    return jnp.where(top == lowest, 0, top)
+
+
 def _scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
     return jax.tree.map(
         lambda x: ldexp(x.astype(dtype), exponent.reshape((-1,) + (1,) * (x.ndim - 1))), jacobian
@@ -239,12 +246,30 @@ def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
     dtype = accumulation_dtype(jacobian)
     nonzero, exponent = _row_exponents(jacobian, m, dtype)
     product = gramian(_scale_rows(jacobian, -exponent, dtype))
-    # A zero row has no scale of its own.
-    lowest = jnp.iinfo(exponent.dtype).min // 4
-    top = jnp.max(jnp.where(nonzero, exponent, lowest))
-    top = jnp.where(top == lowest, 0, top)
+    top = _largest_exponent(nonzero, exponent)
     shift = power_of_two(jnp.minimum(exponent - top, 0), dtype)
     return product * shift[:, None] * shift[None, :], top.astype(jnp.int32)
+
+
+def without_rounding(update: PyTree, jacobian: PyTree, weights: jax.Array) -> PyTree:
+    """Puts zeros for an update ``J^T w`` that is nothing but rounding.
+
+    Weights that a solver found are known to a few units of rounding, so that a sum whose
+    entries all lie below ``8 eps sum_i |w_i| max_j |g_ij|`` (with the maxima rounded up to
+    powers of two) has no correct digit. Optimizers that normalise would take full steps in
+    its direction; at a Pareto-stationary point the answer is 0.
+    """
+    m, dtype = num_rows(jacobian), accumulation_dtype(jacobian)
+    nonzero, exponent = _row_exponents(jacobian, m, dtype)
+    top = _largest_exponent(nonzero, exponent)
+    sizes = jnp.where(nonzero, power_of_two(jnp.minimum(exponent - top, 0), dtype), 0)
+    bound = 8 * jnp.finfo(dtype).eps * jnp.sum(jnp.abs(weights).astype(dtype) * sizes)
+    largest = jnp.zeros((), dtype)
+    for x in jax.tree.leaves(update):
+        if x.size:
+            largest = jnp.maximum(largest, jnp.max(jnp.abs(x)).astype(dtype))
+    noise = ldexp(largest, -top) <= bound
+    return jax.tree.map(lambda x: jnp.where(noise, jnp.zeros_like(x), x), update)
 
 
 def normalise_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
