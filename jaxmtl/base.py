@@ -533,10 +533,7 @@ def remove_absent(jacobian: Jacobian, task_mask: Any, m: int) -> Jacobian:
     if task_mask is None:
         return jacobian
     mask = _check_mask(task_mask, m)
-    return jax.tree.map(
-        lambda x: jnp.where(mask.reshape((m,) + (1,) * (x.ndim - 1)), x, jnp.zeros_like(x)),
-        jacobian,
-    )
+    return jax.tree.map(lambda x: jnp.where(linalg.column(mask, x), x, jnp.zeros_like(x)), jacobian)
 
 
 def from_rows(

@@ -22,6 +22,21 @@ def accumulation_dtype(*trees: PyTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(getattr(x, "dtype", x) for x in jax.tree.leaves(trees)))
 
 
+def column(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns (m,) values in a shape that broadcasts against rows (m, *s)."""
+    return values.reshape((-1,) + (1,) * (rows.ndim - 1))
+
+
+def times_rows(values: jax.Array, rows: PyTree) -> PyTree:
+    """Multiplies row i of every leaf by ``values[i]``; rounds once, to the leaf's dtype."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        dtype = accumulation_dtype(x)
+        return (column(values, x).astype(dtype) * x.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(leaf, rows)
+
+
 def _replicated(x: jax.Array) -> NamedSharding | None:
     # Explicit axes refuse a contraction of a sharded axis without a sharding for
     # the result; automatic axes and single devices take None or the same answer.
@@ -213,9 +228,7 @@ def _largest_exponent(nonzero: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def _scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
-    return jax.tree.map(
-        lambda x: ldexp(x.astype(dtype), exponent.reshape((-1,) + (1,) * (x.ndim - 1))), jacobian
-    )
+    return jax.tree.map(lambda x: ldexp(x.astype(dtype), column(exponent, x)), jacobian)
 
 
 def row_norms(jacobian: PyTree) -> jax.Array:

@@ -217,7 +217,6 @@ METHODS = (
         scale_free=False,
         degree=None,
         stateful=True,
-        logs=False,
     ),
     Method(
         "excess_mtl",
@@ -229,7 +228,6 @@ METHODS = (
         scale_free=False,
         degree=None,
         stateful=True,
-        logs=False,
     ),
     Method(
         "db_mtl",

@@ -88,7 +88,8 @@ def test_imports_are_not_circular():
 def test_import_needs_jax_and_optax_alone():
     """No module beyond those that jax and optax load, and no warning."""
     code = (
-        "import sys, jax, optax, optax.experimental.aggregating, jax.scipy.linalg\n"
+        "import sys, jax, optax, jax.scipy.linalg\n"
+        "from optax.experimental import aggregating\n"
         "import jax.extend.core\n"
         "before = {m.split('.')[0] for m in sys.modules}\n"
         "import jaxmtl\n"

@@ -55,7 +55,7 @@ def call(name, *args):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [3, 8])
 def test_dual_cone_solves_the_kkt_conditions(m, kind, precision):
-    eps = float(jnp.finfo(float).eps)
+    eps = float(jnp.finfo(precision).eps)
     matrix = jacobian_of(m, kind)
     gram = jnp.asarray(matrix @ matrix.T, float)
     lower = jnp.eye(m)
@@ -77,7 +77,7 @@ def test_dual_cone_solves_the_kkt_conditions(m, kind, precision):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 3, 8])
 def test_min_norm_is_the_nearest_point_of_the_hull(m, kind, precision):
-    eps = float(jnp.finfo(float).eps)
+    eps = float(jnp.finfo(precision).eps)
     matrix = jacobian_of(m, kind)
     gram = jnp.asarray(matrix @ matrix.T, float)
     weights, residual = call("min_norm", gram)
@@ -209,6 +209,6 @@ def test_large_problems(m, kind, precision):
     for seed in range(3):
         matrix = jacobian_of(m, kind, seed)
         gram = jnp.asarray(matrix @ matrix.T, float)
-        bound = 1000 * m * float(jnp.finfo(float).eps)
+        bound = 1000 * m * float(jnp.finfo(precision).eps)
         assert float(call("project_dual_cone", gram, jnp.eye(m)).residual.max()) <= bound
         assert float(call("min_norm", gram).residual) <= bound

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxmtl import base, linalg
 from jaxmtl.balancing.losses import positive_part
-from jaxmtl.transforms.track_gradients import TrackState, init_tracking, times_rows, track
+from jaxmtl.transforms.track_gradients import TrackState, init_tracking, track
 
 SHIFT = 1e-8  # added to losses before the logarithm, as the authors do
 
@@ -64,7 +64,7 @@ def db_mtl(
     ) -> tuple[Any, TrackState]:
         dtype = linalg.accumulation_dtype(jacobian, losses)
         shifted, active = positive_part(losses.astype(dtype) + SHIFT)
-        log_rows = times_rows(jnp.where(active, 1 / shifted, 0), jacobian)
+        log_rows = linalg.times_rows(jnp.where(active, 1 / shifted, 0), jacobian)
         new = track(state, log_rows, rate, task_mask)
         norms = jnp.where(task_mask, linalg.row_norms(new.tracked), 0)
         factors = jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)

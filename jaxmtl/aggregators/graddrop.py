@@ -30,8 +30,8 @@ def drop_signs(jacobian: Any, uniforms: Any, leak: jax.Array | None = None) -> A
         purity = jnp.where(defined, jnp.sum(g, 0) / jnp.where(defined, magnitude, 1), 0)
         kept = jnp.where((1 + purity) / 2 > u, g > 0, g < 0).astype(dtype)
         if leak is not None:
-            column = leak.astype(dtype).reshape((-1,) + (1,) * (g.ndim - 1))
-            kept = column + (1 - column) * kept
+            share = linalg.column(leak.astype(dtype), g)
+            kept = share + (1 - share) * kept
         return jnp.sum(kept * g, 0).astype(rows.dtype)
 
     return jax.tree.map(leaf, jacobian, uniforms)

@@ -14,7 +14,6 @@ from jaxmtl.transforms.track_gradients import (
     init_tracking,
     rate_at,
     start_from,
-    times_rows,
     track,
 )
 from jaxmtl.weightings.simplex import on_present, project_finite, uniform
@@ -111,7 +110,7 @@ def moco(
         factors = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
         if losses is not None and normalise == "norm_loss":
             factors = factors * losses.astype(factors.dtype)
-        return times_rows(factors, jacobian)
+        return linalg.times_rows(factors, jacobian)
 
     def aggregate(
         jacobian: Any,

@@ -54,9 +54,9 @@ def trimmed_mean(trim: int = 1, *, num_tasks: int | None = None) -> base.Aggrega
         kept = (place >= dropped) & (place < present - dropped)
 
         def leaf(rows: jax.Array) -> jax.Array:
-            column = (m,) + (1,) * (rows.ndim - 1)
-            ordered = jnp.sort(jnp.where(task_mask.reshape(column), rows, jnp.inf), axis=0)
-            total = jnp.sum(jnp.where(kept.reshape(column), ordered, 0).astype(dtype), 0)
+            present_rows = jnp.where(linalg.column(task_mask, rows), rows, jnp.inf)
+            ordered = jnp.sort(present_rows, axis=0)
+            total = jnp.sum(jnp.where(linalg.column(kept, rows), ordered, 0).astype(dtype), 0)
             return (total / jnp.maximum(jnp.sum(kept), 1)).astype(rows.dtype)
 
         return jax.tree.map(leaf, jacobian), state

@@ -46,11 +46,6 @@ def clip_rows(max_norm: float) -> optax.GradientTransformationExtraArgs:
         norms = linalg.row_norms(updates)
         bound = jnp.asarray(max_norm, norms.dtype)
         factors = jnp.where(norms > bound, bound / jnp.where(norms > 0, norms, 1), 1)
-
-        def leaf(rows: jax.Array) -> jax.Array:
-            column = factors.reshape((-1,) + (1,) * (rows.ndim - 1))
-            return (rows.astype(norms.dtype) * column).astype(rows.dtype)
-
-        return jax.tree.map(leaf, updates), state
+        return linalg.times_rows(factors, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

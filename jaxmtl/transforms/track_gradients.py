@@ -40,16 +40,6 @@ def rate_at(schedule: Schedule, step: jax.Array) -> jax.Array:
     return jnp.asarray(schedule(k) if callable(schedule) else schedule)
 
 
-def column(values: jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns (m,) values in a shape that broadcasts against rows (m, *s)."""
-    return values.reshape((-1,) + (1,) * (rows.ndim - 1))
-
-
-def times_rows(values: jax.Array, rows: PyTree) -> PyTree:
-    """Multiplies row i of every leaf by ``values[i]``."""
-    return jax.tree.map(lambda x: column(values, x).astype(x.dtype) * x, rows)
-
-
 def init_tracking(params: PyTree, num_tasks: int) -> TrackState:
     """Returns y = 0."""
 
@@ -66,7 +56,9 @@ def start_from(state: TrackState, jacobian: PyTree, initial: str, task_mask: jax
         return state.tracked
     fresh = task_mask & ~state.seen
     return jax.tree.map(
-        lambda y, g: jnp.where(column(fresh, y), g.astype(y.dtype), y), state.tracked, jacobian
+        lambda y, g: jnp.where(linalg.column(fresh, y), g.astype(y.dtype), y),
+        state.tracked,
+        jacobian,
     )
 
 
@@ -90,8 +82,10 @@ def track(
     if max_norm is not None:
         norms = linalg.row_norms(new)
         bound = jnp.broadcast_to(max_norm, norms.shape).astype(norms.dtype)
-        new = times_rows(jnp.where(norms > bound, bound / jnp.where(norms > 0, norms, 1), 1), new)
-    new = jax.tree.map(lambda x, y: jnp.where(column(task_mask, x), x, y), new, old)
+        new = linalg.times_rows(
+            jnp.where(norms > bound, bound / jnp.where(norms > 0, norms, 1), 1), new
+        )
+    new = jax.tree.map(lambda x, y: jnp.where(linalg.column(task_mask, x), x, y), new, old)
     return TrackState(state.mtl_step + 1, new, state.seen | task_mask)
 
 

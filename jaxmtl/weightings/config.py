@@ -76,8 +76,7 @@ def config(*, preference: jax.Array | None = None, num_tasks: int | None = None)
 
 def _unit_rows(jacobian: Any, norms: jax.Array, log2_scale: jax.Array, dtype: jnp.dtype) -> Any:
     def leaf(x: jax.Array) -> jax.Array:
-        column = norms.reshape((-1,) + (1,) * (x.ndim - 1))
-        return linalg.ldexp(x.astype(dtype), -log2_scale) / column
+        return linalg.ldexp(x.astype(dtype), -log2_scale) / linalg.column(norms, x)
 
     return jax.tree.map(leaf, jacobian)
 
