@@ -30,34 +30,41 @@ import jax
 import jax.numpy as jnp
 
 from experiments._runs import environment
-from jaxmtl import apply_updates, value_and_jacobian
-from jaxmtl.aggregators.db_mtl import db_mtl
-from jaxmtl.aggregators.excess_mtl import excess_mtl
-from jaxmtl.aggregators.graddrop import graddrop
-from jaxmtl.aggregators.moco import moco
-from jaxmtl.balancing.dwa import dwa
-from jaxmtl.balancing.famo import famo
-from jaxmtl.balancing.go4align import go4align
-from jaxmtl.balancing.gradnorm import gradnorm
-from jaxmtl.balancing.imtl import imtl
-from jaxmtl.balancing.ldc_mtl import ldc_mtl
-from jaxmtl.balancing.learned_scale import imtl_l, uncertainty_weighting
-from jaxmtl.balancing.rlw import rlw
-from jaxmtl.balancing.scale_invariant import gls, scale_invariant
-from jaxmtl.balancing.stch import stch
-from jaxmtl.engine import value_and_grad
-from jaxmtl.weightings.aligned_mtl import aligned_mtl
-from jaxmtl.weightings.bargaining import fairgrad, nash_mtl
-from jaxmtl.weightings.cagrad import cagrad
-from jaxmtl.weightings.config import config
-from jaxmtl.weightings.dual_cone import dual_proj, upgrad
-from jaxmtl.weightings.fixed import linear_scalarization
-from jaxmtl.weightings.gradvac import gradvac
-from jaxmtl.weightings.imtl_g import imtl_g
-from jaxmtl.weightings.mgda import mgda
-from jaxmtl.weightings.modo import modo
-from jaxmtl.weightings.pcgrad import pcgrad
-from jaxmtl.weightings.sdmgrad import sdmgrad
+from jaxmtl import (
+    aligned_mtl,
+    apply_updates,
+    cagrad,
+    config,
+    db_mtl,
+    dual_proj,
+    dwa,
+    excess_mtl,
+    fairgrad,
+    famo,
+    gls,
+    go4align,
+    graddrop,
+    gradnorm,
+    gradvac,
+    imtl,
+    imtl_g,
+    imtl_l,
+    ldc_mtl,
+    linear_scalarization,
+    mgda,
+    moco,
+    modo,
+    nash_mtl,
+    pcgrad,
+    rlw,
+    scale_invariant,
+    sdmgrad,
+    stch,
+    uncertainty_weighting,
+    upgrad,
+    value_and_grad,
+    value_and_jacobian,
+)
 
 Step = Callable[..., Any]
 
