@@ -158,7 +158,8 @@ def measure(m: int, options: Options) -> list[dict[str, Any]]:
     """Times all solvers in turn on the Gramians of one size."""
     grams = gramians(m, options.gramians, options.seed + m)
     found = solvers()
-    counts, times = {}, {name: [] for name in found}  # type: ignore[var-annotated]
+    counts: dict[str, int] = {}
+    times: dict[str, list[float]] = {name: [] for name in found}
     for name, solve in found.items():
         solve(grams[:4])  # compiles, for one length
         start = time.perf_counter()
