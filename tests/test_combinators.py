@@ -1,5 +1,6 @@
 """cr_mogm, every_k, scale_rows and clip_rows against their definitions."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,8 +20,9 @@ def gramians(count, m=3, seed=0):
 def weights_over(aggregator, sequence, **extra):
     weighting = aggregator.weighting
     state, found = weighting.init(), []
+    step = jax.jit(weighting.update)
     for gram in sequence:
-        weights, state = weighting.update(gram, state, **extra)
+        weights, state = step(gram, state, **extra)
         found.append(np.asarray(weights))
     return np.array(found)
 

@@ -205,7 +205,7 @@ def test_options_of_nash_and_fairgrad():
     params = jnp.zeros(2)
 
     def update(aggregator, rows):
-        return np.asarray(aggregator.update(rows, aggregator.init(params), params)[0])
+        return np.asarray(jax.jit(aggregator.update)(rows, aggregator.init(params), params)[0])
 
     normalised = jaxmtl.nash_mtl(normalise=True)
     gram = np.asarray(jacobian @ jacobian.T)
@@ -264,7 +264,8 @@ def test_preference(name):
 
     def update(preference):
         aggregator = getattr(jaxmtl, name)(*args, preference=preference)
-        return np.asarray(aggregator.update(jacobian, aggregator.init(params), params)[0])
+        step = jax.jit(aggregator.update)
+        return np.asarray(step(jacobian, aggregator.init(params), params)[0])
 
     np.testing.assert_allclose(update(jnp.full(3, 1 / 3)), update(None), rtol=1e-10)
     tilted = update(jnp.array([1.0, 0.1, 0.1]))

@@ -31,6 +31,9 @@ from jaxmtl.weightings.modo import modo
 from jaxmtl.weightings.pcgrad import pcgrad
 from jaxmtl.weightings.sdmgrad import sdmgrad
 
+# One worker, which compiles each rule once.
+pytestmark = pytest.mark.xdist_group("state")
+
 RULES = {
     "scale_invariant": lambda m: scale_invariant(num_tasks=m),
     "gls": lambda m: gls(num_tasks=m),
