@@ -45,7 +45,7 @@ def bargaining(
     usable = ~zero if mask is None else mask & ~zero
     pair = usable[:, None] & usable[None, :]
     identity = jnp.eye(m, dtype=dtype)
-    unit = jnp.where(pair, unit, 0) + jnp.where(usable, 2 * m * eps, 1)[:, None] * identity
+    unit = jnp.where(pair, unit, 0) + jnp.where(usable, 2 * eps, 1)[:, None] * identity
     # In x = D w the equations are Q x = beta x^-p with beta = d^(p-1).
     log_beta = jnp.where(usable, (p - 1) * jnp.log(norms), 0)
     linear_utility = jnp.abs(p - 1) < 1e-6
