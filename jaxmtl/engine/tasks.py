@@ -81,6 +81,7 @@ def linearise(fun: Callable[..., tuple[Array, Any]], inputs: Sequence[Array]) ->
         (losses,), push, rest = jax.linearize(split, inputs, has_aux=True)
         linear = Linear(losses, rest, inputs, push, None)
     else:
+        # The stub of vjp has no overload for a function that returns a list and has aux.
         (losses,), pullback, rest = jax.vjp(split, inputs, has_aux=True)  # type: ignore[call-overload]
         linear = Linear(losses, rest, inputs, None, pullback, reason)
     return linear, jax.tree.structure(aux)
