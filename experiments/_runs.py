@@ -1,17 +1,42 @@
-"""What every study shares: records as JSON lines, where they were made, and means with errors."""
+"""What every study shares: records as JSON lines, means with errors, claims and verdicts.
+
+A study is a module with ``COMMAND``, the command that made its committed results; ``main(argv)``;
+``FIGURES``, the names of the figures that it draws; and ``claims(folder)``, what its papers say
+beside what its result files in ``folder`` say. `experiments.report` asks for no more.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 
 import jaxmtl
 
 Record = dict[str, Any]
+
+
+class Claim(NamedTuple):
+    """One statement of a paper and what became of it here."""
+
+    claim: str  # what the paper says, in a sentence
+    source: str  # paper and table, figure or theorem
+    paper: str  # its number; "" where it gives none
+    ours: str  # the same quantity here, mean ± standard error
+    verdict: str  # one of VERDICTS, decided by the records and not by hand
+
+
+VERDICTS = ("reproduced", "partly", "not")
+
+
+def judge(conditions: Iterable[bool]) -> str:
+    """Return the verdict: every condition of a claim holds, some do, or none."""
+    held = list(conditions)
+    return "reproduced" if all(held) else "partly" if any(held) else "not"
 
 
 def environment() -> Record:
@@ -43,3 +68,17 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     error = np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
     return float(np.mean(values)), float(error)
+
+
+def show(values: Sequence[float], *, digits: int) -> str:
+    """Return "mean ± standard error"."""
+    mean, error = mean_and_error(values)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+
+
+def make_console() -> Console:
+    """Return a console that does not fold tables in a log file or a pipe."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130
+    return console

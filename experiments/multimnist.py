@@ -66,7 +66,15 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
 import jaxmtl
-from experiments._runs import Record, append_records, environment, mean_and_error, read_records
+from experiments._runs import (
+    Record,
+    append_records,
+    environment,
+    make_console,
+    mean_and_error,
+    read_records,
+    show,
+)
 from experiments.data.digit_pairs import DigitPairs, make_pairs, read_pairs
 from experiments.data.images import Images, load_sklearn_digits, load_tfds_images
 from experiments.methods import METHODS, inverse_sqrt
@@ -335,12 +343,6 @@ def make_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def show(values: Sequence[float], *, digits: int) -> str:
-    """Return "mean ± standard error"."""
-    mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
-
-
 def draw(records: Sequence[Record], path: Path) -> None:
     """Save the figure: accuracy, loss and conflict rate of every method."""
     summary = summarise(records)
@@ -402,9 +404,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, then report."""
     args = parse(argv)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 130  # a log file or a pipe: do not fold the table
+    console = make_console()
     fields = ("epochs", "max_steps", "batch_size", "learning_rate", "validation")
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     if args.smoke:
