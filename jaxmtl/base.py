@@ -625,6 +625,12 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     >>> print(jaxmtl.apply_updates(jnp.ones(2), jnp.array([0.5, -1.0])))
     [1.5 0. ]
     """
+    check_updates(params, updates)
+    return optax.apply_updates(params, updates)
+
+
+def check_updates(params: PyTree, updates: PyTree) -> None:
+    """Raises a ValueError unless updates have the structure and the shapes of params."""
     got: Any = jax.tree.structure(updates, is_leaf=lambda x: x is None)
     expected: Any = jax.tree.structure(params, is_leaf=lambda x: x is None)
     if got != expected:
@@ -639,6 +645,6 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             raise ValueError(
                 f"expected an update of shape {jnp.shape(param)} at {name}, got "
                 f"{jnp.shape(update)}; put an aggregator, such as jaxmtl.upgrad(), first in the "
-                "chain, so that the task axis is gone"
+                "chain, so that the task axis is gone, and give every leaf one: optax.masked "
+                "passes the rows of the leaves that it leaves out on, optax.partition does not"
             )
-    return optax.apply_updates(params, updates)
