@@ -23,6 +23,7 @@ from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
 from jaxmtl.nested import hypergradient
 from jaxmtl.transforms.clip_rows import clip_rows
+from jaxmtl.transforms.multi_steps import multi_steps
 from jaxmtl.transforms.track_gradients import track_gradients
 from jaxmtl.weightings.aligned_mtl import aligned_mtl
 from jaxmtl.weightings.bargaining import fairgrad, nash_mtl
@@ -77,6 +78,7 @@ __all__ = [
     "mgda",
     "moco",
     "modo",
+    "multi_steps",
     "nash_mtl",
     "pcgrad",
     "rgw",

@@ -1,1 +1,1 @@
-"""Row transforms: they keep the task axis and come before an aggregator in a chain."""
+"""What comes before an aggregator: row transforms, which keep the task axis, and accumulation."""
