@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmtl import linalg
 from jaxmtl.engine import checks, instance, tasks
 
 Array = Any
@@ -108,15 +109,27 @@ class Pull:
     def __call__(self, residual: Any, weights: Array, head_weights: Array | None = None) -> PyTree:
         """Return a pytree like the parameters."""
         weights = jnp.asarray(weights)
-        grads = self.leaves(residual, weights, self.shared)
+        grads = self.scaled(residual, weights, self.shared)
         if not all(self.shared):
             if head_weights is None:
                 head_weights = jnp.ones_like(weights)
             heads = tuple(not flag for flag in self.shared)
-            of_heads = self.leaves(residual, jnp.asarray(head_weights), heads)
+            of_heads = self.scaled(residual, jnp.asarray(head_weights), heads)
             pairs = zip(grads, of_heads, self.shared, strict=True)
             grads = [grad if flag else head for grad, head, flag in pairs]
         return jax.tree.unflatten(self.treedef, grads)
+
+    def scaled(self, residual: Any, weights: Array, wanted: Sequence[bool]) -> list[Array]:
+        """Return `leaves` in units in which no cotangent overflows where no row does."""
+        weights = weights.astype(linalg.accumulation_dtype(weights))
+        _, exponent = jnp.frexp(jnp.max(jnp.abs(weights)))
+        grads = self.leaves(residual, linalg.ldexp(weights, -exponent), wanted)
+
+        def back(grad: Array) -> Array:
+            wide = grad.astype(linalg.accumulation_dtype(grad))
+            return linalg.ldexp(wide, exponent).astype(grad.dtype)
+
+        return [back(grad) if flag else grad for grad, flag in zip(grads, wanted, strict=True)]
 
 
 def evaluate(

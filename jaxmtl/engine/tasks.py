@@ -91,24 +91,28 @@ def obstacle(closed: Any, inputs: Sequence[Array]) -> str | None:
     """Return why rows cannot be pushed through the linearised losses, or None if they can."""
     if any(jnp.finfo(x.dtype).bits < 32 for x in inputs):
         return "parameters are narrower than float32 and their rows are accumulated in float32"
-    found = _without_forward_mode(closed.jaxpr, closed.jaxpr.invars)
-    return f"{found} has no forward mode" if found else None
+    return _first_obstacle(closed.jaxpr, closed.jaxpr.invars)
 
 
-def _without_forward_mode(jaxpr: Any, sources: Sequence[Any]) -> str | None:
-    """Return the first primitive with a reverse rule only that the sources reach."""
+def _first_obstacle(jaxpr: Any, sources: Sequence[Any]) -> str | None:
+    """Return what is wrong with the first primitive without an exact forward mode."""
     reached = set(sources)
     for eqn in jaxpr.eqns:
         if not any(not isinstance(v, jex.Literal) and v in reached for v in eqn.invars):
             continue
         reached.update(eqn.outvars)
+        for v in eqn.outvars:
+            dtype = getattr(v.aval, "dtype", bool)
+            # A pushed tangent would be rounded at every step, and small eigenvalues lost.
+            if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+                return f"{eqn.primitive.name} computes in {dtype}, and Gramians in float32"
         if eqn.primitive.name == "custom_vjp_call":
-            return str(eqn.primitive.name)
+            return f"{eqn.primitive.name} has no forward mode"
         if eqn.primitive.name == "custom_jvp_call":
             continue
         for inner in jex.jaxprs_in_params(eqn.params):
             body = getattr(inner, "jaxpr", inner)
-            found = _without_forward_mode(body, body.invars)
+            found = _first_obstacle(body, body.invars)
             if found:
                 return found
     return None
