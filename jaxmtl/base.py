@@ -281,17 +281,17 @@ def check_jacobian(jacobian: Jacobian, params: PyTree, num_tasks: int | None) ->
     pairs = zip(jax.tree_util.tree_leaves_with_path(jacobian), jax.tree.leaves(params), strict=True)
     for (path, row), param in pairs:
         name = jax.tree_util.keystr(path) or "the Jacobian"
-        if jnp.shape(row) == jnp.shape(param) and jnp.shape(row)[1:] != jnp.shape(param):
+        if jnp.shape(row) == jnp.shape(param):
             raise ValueError(
-                f"expected shape (m, {', '.join(map(str, jnp.shape(param)))}) at {name}, got "
+                f"expected shape (m, *{jnp.shape(param)}) at {name}, got "
                 f"{jnp.shape(row)}, the shape of the parameter itself, without a task axis; pass "
-                "the stacked per-task gradients (value_and_jacobian), and put the aggregator "
-                "first in the chain"
+                "the stacked per-task gradients (value_and_jacobian), put the aggregator first "
+                "in the chain, and use jaxmtl.multi_steps for optax.MultiSteps"
             )
-        if jnp.shape(row)[1:] != jnp.shape(param) or not jnp.ndim(row):
+        if jnp.shape(row)[1:] != jnp.shape(param):
             raise ValueError(
                 f"expected shape (m, *{jnp.shape(param)}) at {name}, got {jnp.shape(row)}; put "
-                "the task axis first"
+                "the task axis first, and optax.flatten after the aggregator"
             )
     m = linalg.num_rows(jacobian)
     check_tasks(m, num_tasks)
@@ -450,7 +450,7 @@ def from_rule(rule: Rule) -> Aggregator:
             losses = _check_per_task("losses", losses, m)
             inputs["losses"] = jnp.where(mask, losses, jnp.ones_like(losses))
         # Weights carry no gradient, and solvers are loops without a reverse mode.
-        inputs = lax.stop_gradient(inputs)
+        inputs = jax.tree.map(lambda x: x if callable(x) else lax.stop_gradient(x), inputs)
         dtype = linalg.accumulation_dtype(gramian, inputs["losses"])
         if gramian is None:  # of a rule that takes no more than m and the dtype from it
             gramian = jnp.zeros((m, m), dtype)
