@@ -13,7 +13,7 @@ import jaxmtl
 from tests.methods import INPUTS, METHODS
 
 M, K, STEPS = 5, 3, 2
-PARAMS = {"w": (4, 5), "b": (), "empty": (0,)}
+PARAMS = {"w": (4,), "b": (), "empty": (0,)}
 QUICK = ("famo", "moco", "cr_mogm")
 
 
@@ -23,7 +23,7 @@ def params_of(dtype=None):
 
 def losses_fn(params, batch):
     x, y = batch
-    return jnp.mean((x @ params["w"] + params["b"] - y) ** 2, axis=0) + 0.5
+    return jnp.mean(((x @ params["w"] + params["b"])[:, None] - y) ** 2, axis=0) + 0.5
 
 
 def data(seed=0, batches=(STEPS, K)):
