@@ -22,6 +22,11 @@ def accumulation_dtype(*trees: PyTree) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(getattr(x, "dtype", x) for x in jax.tree.leaves(trees)))
 
 
+def accumulable(tree: PyTree) -> PyTree:
+    """Returns every leaf in the dtype in which its products are accumulated."""
+    return jax.tree.map(lambda x: x.astype(accumulation_dtype(x)), tree)
+
+
 def column(values: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns (m,) values in a shape that broadcasts against rows (m, *s)."""
     return values.reshape((-1,) + (1,) * (rows.ndim - 1))
@@ -37,13 +42,52 @@ def times_rows(values: jax.Array, rows: PyTree) -> PyTree:
     return jax.tree.map(leaf, rows)
 
 
-def _replicated(x: jax.Array) -> NamedSharding | None:
-    # Explicit axes refuse a contraction of a sharded axis without a sharding for
-    # the result; automatic axes and single devices take None or the same answer.
+def replicated(x: jax.Array, ndim: int) -> NamedSharding | None:
+    """Returns the sharding of a result that every device holds in full, None without a mesh.
+
+    Explicit axes refuse a contraction of a sharded axis without a sharding for the result;
+    automatic axes take the same answer.
+    """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty:
         mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else NamedSharding(mesh, PartitionSpec(None, None))
+    return None if mesh.empty else NamedSharding(mesh, PartitionSpec(*(None,) * ndim))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Brings an array to every device in full, where its sharding is explicit."""
+    if _explicit(x) is None:
+        return x
+    return jax.sharding.reshard(x, replicated(x, x.ndim))
+
+
+def _explicit(x: jax.Array) -> NamedSharding | None:
+    sharding = jax.typeof(x).sharding
+    split = any(axis is not None for axis in sharding.spec)
+    return sharding if split and not sharding.mesh.empty else None
+
+
+def zero_rows(params: PyTree, m: int) -> PyTree:
+    """Returns m rows of zeros in at least float32, split over devices as the parameters are."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        one = jnp.zeros_like(x, dtype=accumulation_dtype(x))
+        return jnp.broadcast_to(one, (m, *one.shape))
+
+    return jax.tree.map(leaf, params)
+
+
+def uniform_like_row(key: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Draws numbers in [0, 1) in the shape of one row; each device draws its part alone."""
+    sharding = _explicit(rows)
+    if sharding is not None:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.random.uniform(key, rows.shape[1:], dtype, out_sharding=sharding)
+
+
+def units(losses: jax.Array) -> jax.Array:
+    """Returns the (m, m) identity as cotangents of (m,) losses, varying over devices as they do."""
+    return jnp.where(jnp.eye(losses.shape[0], dtype=bool), jnp.ones_like(losses), 0)
 
 
 def row_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -55,7 +99,7 @@ def row_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
         ((axes, axes), ((), ())),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
-        out_sharding=_replicated(x),
+        out_sharding=replicated(x, 2),
     )
 
 

@@ -80,12 +80,9 @@ def excess_mtl(
         raise ValueError(f"expected warmup_steps to be an int of at least 0, got {warmup_steps!r}")
 
     def init(params: Any) -> ExcessMTLState:
-        def zeros(x: jax.Array) -> jax.Array:
-            return jnp.zeros((m, *jnp.shape(x)), linalg.accumulation_dtype(x))
-
         zero = jnp.zeros((m,))
         seen = jnp.zeros((m,), jnp.int32)
-        return ExcessMTLState(jax.tree.map(zeros, params), zero, seen, zero + 1 / m, zero)
+        return ExcessMTLState(linalg.zero_rows(params, m), zero, seen, zero + 1 / m, zero)
 
     def aggregate(
         jacobian: Any, state: ExcessMTLState, *, task_mask: jax.Array, **extra: Any

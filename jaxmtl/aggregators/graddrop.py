@@ -91,9 +91,7 @@ def graddrop(
         leaves, structure = jax.tree.flatten(jacobian)
         keys = jax.random.split(base.draw_key(seed, state.mtl_step, key), len(leaves))
         dtype = linalg.accumulation_dtype(jacobian)
-        draws = [
-            jax.random.uniform(k, x.shape[1:], dtype) for k, x in zip(keys, leaves, strict=True)
-        ]
+        draws = [linalg.uniform_like_row(k, x, dtype) for k, x in zip(keys, leaves, strict=True)]
         update = drop_signs(jacobian, jax.tree.unflatten(structure, draws), shares)
         return update, base.RandomState(state.mtl_step + 1)
 

@@ -146,7 +146,7 @@ def value_and_grad(
         found = routes.evaluate(options, params, args, reads_gramian)
         if encoder is not None:
             extra.setdefault("features", found.features)
-        losses = factors.whole(lax.stop_gradient(found.losses))
+        losses = linalg.whole(lax.stop_gradient(found.losses))
         if reads_gramian:
             gramian = lax.stop_gradient(found.gramian())
         else:  # which takes no more than m and the dtype from it

@@ -15,13 +15,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmtl.engine.program import Use
-from jaxmtl.linalg import accumulation_dtype
+from jaxmtl.linalg import accumulation_dtype, replicated, whole
 
 Array = Any
 Names = tuple[int, ...]
@@ -136,22 +134,6 @@ def gramian_dtype(*arrays: Array) -> Any:
     return accumulation_dtype(arrays)
 
 
-def whole_sharding(array: Array, ndim: int) -> NamedSharding | None:
-    """Return the sharding of a result that every device holds in full, None without a mesh."""
-    mesh = jax.typeof(array).sharding.mesh
-    if mesh.empty:
-        mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else NamedSharding(mesh, PartitionSpec(*(None,) * ndim))
-
-
-def whole(array: Array) -> Array:
-    """Bring an array to every device in full, where its sharding is explicit."""
-    sharding = jax.typeof(array).sharding
-    if sharding.mesh.empty or all(axis is None for axis in sharding.spec):
-        return array
-    return jax.sharding.reshard(array, whole_sharding(array, array.ndim))
-
-
 def product(x: Array, y: Array, contract: Any, batch: Any, dtype: Any) -> Array:
     """Multiply at the highest precision, with a result that every device holds in full."""
     ndim = x.ndim + y.ndim - 2 * len(contract[0]) - len(batch[0])
@@ -161,7 +143,7 @@ def product(x: Array, y: Array, contract: Any, batch: Any, dtype: Any) -> Array:
         (contract, batch),
         precision=lax.Precision.HIGHEST,
         preferred_element_type=dtype,
-        out_sharding=whole_sharding(x, ndim),
+        out_sharding=replicated(x, ndim),
     )
 
 

@@ -11,6 +11,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl import linalg
 from jaxmtl.engine import checks
 from jaxmtl.engine.factors import gramian_dtype, rows_block
 
@@ -136,7 +137,7 @@ def cross_gramian(a: Linear, b: Linear, chunk_size: int | None) -> Array:
         return _by_rows(a, b, dtype)
     size = min(chunk_size or 1, num_b)
     num_chunks = -(-num_b // size)
-    unit = jnp.eye(num_chunks * size, num_b, dtype=b.losses.dtype)
+    unit = jnp.pad(linalg.units(b.losses), ((0, num_chunks * size - num_b), (0, 0)))
 
     def column(cotangent: Array) -> Array:
         (losses,) = push(b.pull(cotangent))
@@ -152,7 +153,7 @@ def cross_gramian(a: Linear, b: Linear, chunk_size: int | None) -> Array:
 
 def _by_rows(a: Linear, b: Linear, dtype: Any) -> Array:
     def rows(side: Linear) -> list[Array]:
-        return jax.vmap(side.pull)(jnp.eye(side.losses.shape[0], dtype=side.losses.dtype))
+        return jax.vmap(side.pull)(linalg.units(side.losses))
 
     left = rows(a)
     right = left if a is b else rows(b)

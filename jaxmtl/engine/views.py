@@ -18,7 +18,9 @@ from jaxmtl.engine.program import CONST, PARAM, Call, Value
 
 Box = tuple[tuple[int, int, int], ...]  # (start, step, size) of each axis of a leaf
 
-_SAME = frozenset({"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"})
+_SAME = frozenset(
+    {"convert_element_type", "copy", "copy_p", "name", "reshard", "sharding_constraint"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

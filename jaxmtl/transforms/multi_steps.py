@@ -151,10 +151,6 @@ def multi_steps(
     shapes |= own
 
     def init(params: PyTree) -> MultiStepsState:
-        def zero_rows(x: jax.Array) -> jax.Array:
-            one = jnp.zeros_like(x, dtype=linalg.accumulation_dtype(x))
-            return jnp.broadcast_to(one, (m, *one.shape))  # keeps the sharding of x
-
         def mean(name: str) -> Mean:
             value = jnp.zeros(shapes[name], jnp.result_type(float))
             seen = () if name in own else shapes[name]
@@ -165,7 +161,7 @@ def multi_steps(
             state = CountedState(jnp.zeros((), jnp.int32), state)
         step = jnp.zeros((), jnp.int32)
         means = {name: mean(name) for name in shapes}
-        rows = Mean(jax.tree.map(zero_rows, params), jnp.zeros((m,), jnp.int32))
+        rows = Mean(linalg.zero_rows(params, m), jnp.zeros((m,), jnp.int32))
         return MultiStepsState(step, step, rows, means, state)
 
     def read(extra: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
