@@ -1,6 +1,7 @@
 """The methods under study: the one place where experiments name them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,31 @@ def _mean(
     return optax.chain(aggregator, optax.scale(1 / num_tasks))
 
 
+def pcgrad_mean() -> jaxmtl.Aggregator:
+    """Return PCGrad as Zhou 2022 writes it, the mean of the projected gradients.
+
+    It is a rule of its own and not `pcgrad` scaled afterwards: corollary 1 measures how far the
+    weights move, and starts them at 1/m.
+    """
+    inner = jaxmtl.pcgrad().weighting
+
+    def weigh(
+        gramian: jax.Array, state: Any, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        weights, state = inner.update(gramian, state, key=key)
+        return weights / len(weights), state
+
+    return jaxmtl.from_weighting(weigh, init=inner.init)
+
+
 # A factory takes the number of tasks m. `krum` and `trimmed_mean` need three tasks or more.
 METHODS: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = {
     "linear_scalarization": lambda m: jaxmtl.linear_scalarization(num_tasks=m),
     "rgw": lambda m: jaxmtl.rgw(),
     "mgda": lambda m: jaxmtl.mgda(),
     "cr_mgda": lambda m: _cr(jaxmtl.mgda(), m),
-    "pcgrad": lambda m: _mean(jaxmtl.pcgrad(), m),
-    "cr_pcgrad": lambda m: _mean(_cr(jaxmtl.pcgrad(), m), m),
+    "pcgrad": lambda m: pcgrad_mean(),
+    "cr_pcgrad": lambda m: _cr(pcgrad_mean(), m),
     "gradvac": lambda m: _mean(jaxmtl.gradvac(num_tasks=m), m),
     "graddrop": lambda m: _mean(jaxmtl.graddrop(), m),
     "cagrad": lambda m: jaxmtl.cagrad(0.4),

@@ -50,8 +50,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -67,9 +68,11 @@ from rich.table import Table
 
 import jaxmtl
 from experiments._runs import (
+    Claim,
     Record,
     append_records,
     environment,
+    judge,
     make_console,
     mean_and_error,
     read_records,
@@ -89,6 +92,14 @@ Epoch = Callable[[Carry, Order, DigitPairs], tuple[Carry, Metrics]]
 
 TASKS = ("left", "right")
 
+COMMAND = """
+export XLA_FLAGS=--xla_cpu_multi_thread_eigen=false  # half the processor time or less
+python -m experiments.multimnist --out experiments/results
+python -m experiments.multimnist --out experiments/results --dataset mnist
+python -m experiments.multimnist --out experiments/results --dataset mnist_batches
+"""
+FIGURES = ("multimnist_digits.png", "multimnist_mnist.png", "multimnist_mnist_batches.png")
+
 # Zhou et al. 2022 (CR-MOGM), table 1: accuracy in percent of task-L and task-R, mean of 3 runs.
 PAPER = {
     "mgda": (96.46, 95.29),
@@ -98,6 +109,16 @@ PAPER = {
     "cagrad": (96.47, 95.20),
     "cr_cagrad": (96.85, 95.70),
 }
+# Its table 2: final losses of task-L and task-R by batch size, mean of 3 runs.
+PAPER_LOSSES = {
+    ("mgda", 8): (0.44, 0.54),
+    ("mgda", 4): (0.57, 0.65),
+    ("mgda", 2): (0.71, 0.81),
+    ("cr_mgda", 8): (0.24, 0.35),
+    ("cr_mgda", 4): (0.26, 0.36),
+    ("cr_mgda", 2): (0.28, 0.40),
+}
+PAIRS = {"mgda": "cr_mgda", "pcgrad": "cr_pcgrad", "cagrad": "cr_cagrad"}
 
 
 @dataclass(frozen=True)
@@ -115,12 +136,33 @@ class Options:
     max_steps: int | None = None  # per epoch, for trials and smoke runs
 
 
+class Preset(NamedTuple):
+    """One results file: the same methods and seeds under each of several options."""
+
+    options: tuple[Options, ...]
+    methods: tuple[str, ...]
+    seeds: int
+
+
+_SIX = tuple(name for pair in PAIRS.items() for name in pair)
+# The canvas, the network and the number of pairs of Sener and Koltun. Zhou et al. give no
+# batch size for table 1; 32 keeps enough gradient noise for their point.
+_MNIST = Options("mnist", 36, 1, batch_size=32, epochs=1, learning_rate=0.2, head_width=50)
+# 8 x 8 digits overlap by 4 x 4 pixels. 1,437 training digits are few: four partners each.
+_DIGITS = Options("digits", 12, 4, batch_size=32, epochs=10, learning_rate=0.2, head_width=32)
+# As many examples for every batch size, so many that the longest run takes minutes.
+_EXAMPLES = 10_000
 PRESETS = {
-    # 8 x 8 digits overlap by 4 x 4 pixels. 1,437 training digits are few: four partners each.
-    "digits": Options("digits", 12, 4, batch_size=32, epochs=10, learning_rate=0.2, head_width=32),
-    # The canvas, the network and the number of pairs of Sener and Koltun. Zhou et al. give no
-    # batch size for table 1; 32 keeps enough gradient noise for their point.
-    "mnist": Options("mnist", 36, 1, batch_size=32, epochs=1, learning_rate=0.2, head_width=50),
+    "digits": Preset((_DIGITS,), tuple(METHODS), seeds=5),
+    "mnist": Preset((_MNIST,), ("linear_scalarization", *_SIX), seeds=3),
+    "mnist_batches": Preset(
+        tuple(
+            replace(_MNIST, batch_size=b, learning_rate=0.1, max_steps=_EXAMPLES // b)
+            for b in (8, 4, 2)
+        ),
+        _SIX,
+        seeds=3,
+    ),
 }
 TRUNKS: dict[str, nn.Module] = {"digits": DenseTrunk(64), "mnist": LeNetTrunk()}
 
@@ -242,7 +284,9 @@ def train_methods(
     console: Console,
 ) -> None:
     """Train what the results file does not hold yet; append one record per method and seed."""
-    done = {(record["method"], record["seed"]) for record in read_records(results)}
+    config = asdict(options)
+    held = [record for record in read_records(results) if record["config"] == config]
+    done = {(record["method"], record["seed"]) for record in held}
     init, evaluate = make_init(options), make_evaluate(options)
     order = make_order(options, len(data[0].left))
     bars = Progress(
@@ -255,7 +299,7 @@ def train_methods(
             if not missing:
                 bars.advance(bar, options.epochs)
                 continue
-            bars.update(bar, description=f"{method:<20}")
+            bars.update(bar, description=f"{method:<20} batch {options.batch_size}")
             start = time.perf_counter()
             keys = jax.vmap(jax.random.key)(jnp.asarray(missing))
             params = init(keys)
@@ -269,12 +313,12 @@ def train_methods(
                 if not console.is_terminal:  # a log file shows no bar
                     left, right = 100 * history[-1]["test_accuracy"].mean(axis=0)
                     console.print(
-                        f"{method} epoch {number}/{options.epochs}: "
+                        f"{method}, batch {options.batch_size}, epoch {number}/{options.epochs}: "
                         f"test accuracy {left:.2f} % left, {right:.2f} % right"
                     )
             shared = {
                 "method": method,
-                "config": asdict(options),
+                "config": config,
                 **environment(),
                 "seconds_per_seed": round((time.perf_counter() - start) / len(missing), 2),
             }
@@ -299,10 +343,18 @@ def history_of(history: Sequence[Metrics], i: int) -> Record:
 # --- report: from the results file alone ----------------------------------------------------------
 
 
+def by_batch_size(records: Sequence[Record]) -> dict[int, list[Record]]:
+    """Return the records of each batch size, the largest first."""
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["config"]["batch_size"], []).append(record)
+    return dict(sorted(groups.items(), reverse=True))
+
+
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
     """Return, per method and quantity, the value of each seed after the last epoch."""
     summary: dict[str, dict[str, list[float]]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record["seed"]):
         history = record["history"]
         values = {"conflict": 100 * float(np.mean(history["conflict_rate"]))}
         for i, task in enumerate(TASKS):
@@ -317,29 +369,39 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
 def title_of(records: Sequence[Record]) -> str:
     """Return what table and figure show."""
     config = records[0]["config"]
-    return (
-        f"MultiMNIST ({config['dataset']}), test set, epoch {config['epochs']}, "
-        "mean ± standard error over seeds"
-    )
+    when = f"epoch {config['epochs']}"
+    if config["max_steps"]:
+        when = f"after {config['epochs'] * config['max_steps'] * config['batch_size']:,} examples"
+    return f"MultiMNIST ({config['dataset']}), test set, {when}, mean ± standard error over seeds"
 
 
 def make_table(records: Sequence[Record]) -> Table:
     """Return the table of test metrics, beside the paper's where it has them."""
+    groups = by_batch_size(records)
+    beside_paper = records[0]["config"]["dataset"] == "mnist"
     table = Table(title=title_of(records))
+    if len(groups) > 1:
+        table.add_column("batch", justify="right")
     table.add_column("method", no_wrap=True)
     for header in ("left acc. %", "right acc. %", "left loss", "right loss", "conflict %"):
         table.add_column(header, justify="right")
-    beside_paper = records[0]["config"]["dataset"] == "mnist"
     if beside_paper:
-        table.add_column("Zhou 2022 acc. %", justify="right")
+        quantity = "loss" if len(groups) > 1 else "acc. %"
+        table.add_column(f"Zhou 2022 {quantity}", justify="right")
     table.add_column("seeds", justify="right")
-    for method, summary in summarise(records).items():
-        cells = [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
-        cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
-        cells += [show(summary["conflict"], digits=1)]
-        if beside_paper:
-            cells += ["{:.2f} / {:.2f}".format(*PAPER[method]) if method in PAPER else ""]
-        table.add_row(method, *cells, str(len(summary["conflict"])))
+    for batch_size, group in groups.items():
+        for method, summary in summarise(group).items():
+            cells = [str(batch_size), method] if len(groups) > 1 else [method]
+            cells += [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
+            cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
+            cells += [show(summary["conflict"], digits=1)]
+            if beside_paper:
+                theirs = PAPER_LOSSES.get((method, batch_size))
+                if len(groups) == 1:
+                    theirs = PAPER.get(method)
+                cells += ["{:.2f} / {:.2f}".format(*theirs) if theirs else ""]
+            table.add_row(*cells, str(len(summary["conflict"])))
+        table.add_section()
     return table
 
 
@@ -378,6 +440,164 @@ def draw(records: Sequence[Record], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def draw_batches(records: Sequence[Record], path: Path) -> None:
+    """Save the figure of table 2: test loss of every method by batch size, a column per pair."""
+    groups = {size: summarise(group) for size, group in by_batch_size(records).items()}
+    sizes = list(groups)
+    shown = {name for summary in groups.values() for name in summary}
+    columns = [pair for pair in PAIRS.items() if shown.intersection(pair)]
+    figure = Figure(figsize=(4 * len(columns) + 1, 4.8), layout="constrained")
+    axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    looks = {"left": ("tab:blue", "o"), "right": ("tab:orange", "s")}
+    for axis, pair in zip(axes, columns, strict=True):
+        for (i, (task, (colour, marker))), j in product(enumerate(looks.items()), range(len(pair))):
+            method, line = pair[j], "--" if j else "-"
+            points = [
+                mean_and_error(summary[method][f"{task} loss"])
+                if method in summary
+                else (np.nan,) * 2
+                for summary in groups.values()
+            ]
+            mean, error = np.transpose(points)
+            x = np.arange(len(sizes)) + 0.03 * (2 * j + i - 1.5)
+            look = {"color": colour, "marker": marker, "ls": line}
+            axis.errorbar(
+                x, mean, yerr=error, capsize=2, label=f"{task}, {'CR-' if j else 'plain'}", **look
+            )
+            paper = [PAPER_LOSSES.get((method, size), (np.nan, np.nan))[i] for size in sizes]
+            if np.isfinite(paper).any():
+                label = f"{task}, {'CR-' if j else 'plain'}, Zhou 2022"
+                axis.plot(x, paper, mfc="none", alpha=0.5, label=label, **look)
+        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axis.set(xlabel="batch size", title=pair[0])
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test loss")
+    figure.suptitle(title_of(records))
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+# --- claims: from the results files alone --------------------------------------------------------
+
+
+def signed(values: Sequence[float], digits: int) -> str:
+    """Return "mean ± standard error" with the sign of the mean."""
+    mean, error = mean_and_error(values)
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def above_error(values: Sequence[float]) -> bool:
+    """Tell whether the mean is positive by more than its standard error."""
+    mean, error = mean_and_error(values)
+    return mean > error
+
+
+Final = dict[tuple[int, str], np.ndarray]  # batch size and method -> (seeds, 2)
+
+
+def finals(records: Sequence[Record], quantity: str) -> Final:
+    """Return a quantity of both tasks after the last epoch, seeds in order."""
+    return {
+        (size, method): np.transpose([summary[f"{task} {quantity}"] for task in TASKS])
+        for size, group in by_batch_size(records).items()
+        for method, summary in summarise(group).items()
+    }
+
+
+def both_tasks(values: np.ndarray, digits: int) -> str:
+    """Return the left and the right mean with errors of (seeds, 2) differences."""
+    return " and ".join(signed(column, digits) for column in values.T)
+
+
+def claims_of_table1(records: Sequence[Record]) -> list[Claim]:
+    """Judge that each CR- form is more accurate than its plain method."""
+    accuracy = finals(records, "accuracy")
+    claims = []
+    for size, plain in accuracy:
+        reduced = PAIRS.get(plain)
+        if reduced is None or (size, reduced) not in accuracy:
+            continue
+        gain = accuracy[size, reduced] - accuracy[size, plain]
+        paper = np.subtract(PAPER[reduced], PAPER[plain])
+        claims.append(
+            Claim(
+                f"`{reduced}` is more accurate than `{plain}` on both digits of MultiMNIST (%)",
+                "Zhou 2022, table 1",
+                "{:+.2f} and {:+.2f}".format(*paper),
+                both_tasks(gain, 2),
+                judge(above_error(column) for column in gain.T),
+            )
+        )
+    return claims
+
+
+def claims_of_table2(records: Sequence[Record]) -> list[Claim]:
+    """Judge what batches of 8, 4 and 2 do; each condition is a mean above its error, per task."""
+    loss = finals(records, "loss")
+    sizes = list(by_batch_size(records))
+    if len(sizes) < 2:
+        return []
+    large, small = sizes[0], sizes[-1]
+
+    def known(*methods: str) -> bool:
+        return all((size, method) in loss for size in sizes for method in methods)
+
+    claims = []
+    if known("mgda"):
+        growth = loss[small, "mgda"] - loss[large, "mgda"]
+        paper = np.subtract(PAPER_LOSSES["mgda", small], PAPER_LOSSES["mgda", large])
+        claims.append(
+            Claim(
+                f"The loss of `mgda` grows as the batch shrinks from {large} to {small}",
+                "Zhou 2022, table 2",
+                "{:+.2f} and {:+.2f}".format(*paper),
+                both_tasks(growth, 3),
+                judge(above_error(column) for column in growth.T),
+            )
+        )
+    for plain, reduced in PAIRS.items():
+        if not known(plain, reduced):
+            continue
+        gains = {size: loss[size, plain] - loss[size, reduced] for size in sizes}
+        paper = {
+            size: np.subtract(PAPER_LOSSES[plain, size], PAPER_LOSSES[reduced, size])
+            for size in sizes
+            if (plain, size) in PAPER_LOSSES
+        }
+        claims.append(
+            Claim(
+                f"The loss of `{reduced}` is lower than that of `{plain}` at every batch size",
+                "Zhou 2022, table 2 and section 6",
+                "; ".join("{}: {:+.2f} and {:+.2f}".format(b, *v) for b, v in paper.items()),
+                "; ".join(f"{b}: {both_tasks(gain, 3)}" for b, gain in gains.items()),
+                judge(above_error(column) for gain in gains.values() for column in gain.T),
+            )
+        )
+        growth = gains[small] - gains[large]
+        claims.append(
+            Claim(
+                f"That advantage of `{reduced}` is larger at batch size {small} than at {large}",
+                "Zhou 2022, table 2 and section 1",
+                "{:+.2f} and {:+.2f}".format(*(paper[small] - paper[large])) if paper else "",
+                both_tasks(growth, 3),
+                judge(above_error(column) for column in growth.T),
+            )
+        )
+    return claims
+
+
+def claims(folder: Path) -> list[Claim]:
+    """Return the claims of both tables that the results in ``folder`` decide.
+
+    Differences are paired over seeds; a condition holds if their mean has the claimed sign and
+    exceeds its standard error. A claim needs the condition on both digits.
+    """
+    table1 = read_records(folder / "multimnist_mnist.jsonl")
+    table2 = read_records(folder / "multimnist_mnist_batches.jsonl")
+    return claims_of_table1(table1) + claims_of_table2(table2)
+
+
 # --- main ---------------------------------------------------------------------------------------
 
 
@@ -385,11 +605,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line; options that are not given come from the preset of the data set."""
     parser = argparse.ArgumentParser(prog="python -m experiments.multimnist")
     add = parser.add_argument
-    add("--dataset", choices=PRESETS, default="digits")
+    add("--dataset", choices=PRESETS, default="digits", help="mnist_batches: MNIST by batch size")
     add("--data-dir", help="TFDS folder of MNIST; by default TFDS's own, with download")
     add("--out", type=Path, default=Path("results"), help="folder of results and figure")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    add("--seeds", type=int, default=5)
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD")
+    add("--seeds", type=int)
     add("--epochs", type=int)
     add("--max-steps", type=int, help="per epoch, for trials")
     add("--batch-size", type=int)
@@ -410,15 +630,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.smoke:
         given |= {"epochs": 1, "max_steps": 3}
         args.seeds = 2
-    options = replace(PRESETS[args.dataset], **given)
+    preset = PRESETS[args.dataset]
+    if args.batch_size and len(preset.options) > 1:
+        raise SystemExit(
+            f"expected no --batch-size, which {args.dataset} varies, got {args.batch_size}; "
+            "drop it or take another --dataset"
+        )
+    variants = [replace(options, **given) for options in preset.options]
+    methods, seeds = args.methods or preset.methods, range(args.seeds or preset.seeds)
     results = args.out / f"multimnist_{args.dataset}.jsonl"
     if not args.report_only:
         if not args.resume:
             results.unlink(missing_ok=True)
-        if any(record["config"] != asdict(options) for record in read_records(results)):
-            raise SystemExit(f"expected the options of {results}, got {options}; drop --resume")
-        data = load_pairs(options, args.data_dir)
-        train_methods(options, args.methods, range(args.seeds), data, results, console)
+        configs = [asdict(options) for options in variants]
+        if any(record["config"] not in configs for record in read_records(results)):
+            raise SystemExit(f"expected the options of {results}, got {variants}; drop --resume")
+        data = load_pairs(variants[0], args.data_dir)
+        for options in variants:
+            train_methods(options, methods, seeds, data, results, console)
     records = read_records(results)
     if not records:
         raise SystemExit(
@@ -426,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     console.print(make_table(records))
     figure = results.with_suffix(".png")
-    draw(records, figure)
+    (draw if len(preset.options) == 1 else draw_batches)(records, figure)
     console.print(f"{results} -> {figure}")
 
 

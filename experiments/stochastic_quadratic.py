@@ -1,0 +1,543 @@
+"""Stochastic quadratics: rules that weigh noisy gradients do not converge, averaged ones do.
+
+    python -m experiments.stochastic_quadratic
+
+Example (4) of Zhou et al. 2022: two quadratics in the plane, each with two equally likely
+outcomes, whose expectations have the Pareto set {(a, 0): |a| <= 1} on the domain |x| <= 1,
+y >= 0. Weights that a rule computes from the drawn gradients are correlated with them, so that
+the expected direction can point away from the Pareto set; `cr_mogm` averages the weights over the
+steps. The expected directions are computed exactly, over the four pairs of outcomes, in float64.
+The runs start at (0, 0.4) with eta_k = 0.006 / sqrt(k) and corollary 1's alpha_k; as a second
+choice alpha = 0.9. Results are JSON lines in the folder `--out`; tables and figure are made from
+them (`--report-only`), `--resume` goes on where a run stopped, `--smoke` takes seconds.
+
+**Reference**: Zhou et al. 2022, section 4 (example 4, theorem 1, figure 1), corollary 1 and
+section 6.
+
+**Differs from** Zhou et al., who do not say it: both objectives draw their outcomes
+independently, iterates are projected onto the domain, and the Gaussian noise has the deviation of
+the two-point noise, 4 for each entry.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import jaxmtl
+from experiments._runs import (
+    Claim,
+    Record,
+    append_records,
+    environment,
+    judge,
+    make_console,
+    mean_and_error,
+    read_records,
+    show,
+)
+from experiments.methods import pcgrad_mean
+
+COMMAND = "python -m experiments.stochastic_quadratic --out experiments/results"
+FIGURES = ("stochastic_quadratic.png",)
+
+# Zhou et al. do not state CAGrad's c: 0.4 is that of Liu et al. and of our MultiMNIST.
+METHODS: dict[str, Callable[[], jaxmtl.Aggregator]] = {
+    "linear_scalarization": jaxmtl.linear_scalarization,
+    "mgda": jaxmtl.mgda,
+    "pcgrad": pcgrad_mean,
+    "cagrad(0.4)": lambda: jaxmtl.cagrad(0.4),
+    "cagrad(0.9)": lambda: jaxmtl.cagrad(0.9),
+}
+# Whose weights depend on the noise; the mean of the gradients is there to compare.
+STUDIED = tuple(name for name in METHODS if name != "linear_scalarization")
+# How the weights are averaged: "plain" not at all, else `cr_mogm`'s alpha.
+FORMS: dict[str, float | str | None] = {"plain": None, "cr": "corollary1", "cr 0.9": 0.9}
+NOISES = ("two-point", "gaussian")
+
+# Zhou 2022, eq. 4: (objective, outcome, coordinate), each outcome with probability 1/2.
+CENTRES = np.array([[[-1.0, 2.0], [-5.0, -2.0]], [[1.0, 2.0], [5.0, -2.0]]])
+GAP = 0.05  # theorem 1's proof: up to this distance every expected direction points away
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the outcome of a run, besides method, form, noise and seed."""
+
+    steps: int = 30_000  # not stated; the mean of the gradients is near its noise floor then
+    learning_rate: float = 0.006  # eta_1, section 6; eta_k = eta_1 / sqrt(k)
+    start: tuple[float, float] = (0.0, 0.4)  # section 6
+    deviation: float = 4.0  # of each entry under Gaussian noise, that of the two-point noise
+    points: int = 40  # of each recorded curve, equally spaced in log k
+
+
+# --- the problem --------------------------------------------------------------------------------
+
+
+def losses_fn(x: jax.Array) -> jax.Array:
+    """Return the expected objectives (2,) at x (2,)."""
+    return jnp.mean(jnp.sum((x - CENTRES) ** 2, axis=-1), axis=1)
+
+
+def sampled_gradients(x: jax.Array, outcomes: jax.Array) -> jax.Array:
+    """Return the gradients (2, 2) of the outcomes, (2,) integers, one per objective."""
+    return 2 * (x - jnp.asarray(CENTRES)[jnp.arange(2), outcomes])
+
+
+def project(x: jax.Array) -> jax.Array:
+    """Return the nearest point of the domain, |x| <= 1 and y >= 0."""
+    return jnp.stack([jnp.clip(x[0], -1, 1), jnp.maximum(x[1], 0)])
+
+
+def directions(aggregator: jaxmtl.Aggregator, x: jax.Array) -> jax.Array:
+    """Return d (2, 2, 2) for each outcome of the first and of the second objective."""
+    state = aggregator.init(x)
+
+    def direction(outcomes: jax.Array) -> jax.Array:
+        return -aggregator.update(sampled_gradients(x, outcomes), state, x)[0]
+
+    return jax.vmap(jax.vmap(direction))(jnp.array([[(0, 0), (0, 1)], [(1, 0), (1, 1)]]))
+
+
+# --- theorem 1, by exact expectation ------------------------------------------------------------
+
+
+def expectation_record(name: str) -> Record:
+    """Return the expected directions on a grid over the domain, exact, in float64.
+
+    Outcomes are independent; `at_start_shared` is for one draw that decides both objectives.
+    """
+    xs, ys = np.linspace(-1, 1, 41), np.linspace(0, 0.8, 161)
+    grid = np.stack(np.meshgrid(xs, ys), axis=-1)
+    with jax.enable_x64(True):
+        of_points = jax.jit(jax.vmap(jax.vmap(lambda x: directions(METHODS[name](), x))))
+        d = np.asarray(of_points(grid))  # (ys, xs, 2, 2, 2)
+    expected = d.mean(axis=(2, 3))
+    upward, centre = expected[..., 1], len(xs) // 2
+    start = np.argmin(np.abs(ys - Options.start[1])), np.argmin(np.abs(xs - Options.start[0]))
+    return {
+        "kind": "expectation",
+        "method": name,
+        "at_start": expected[start].round(6).tolist(),
+        "at_start_shared": ((d[start][0, 0] + d[start][1, 1]) / 2).round(6).tolist(),
+        "least_below_gap": round(float(upward[ys <= GAP + 1e-9].min()), 6),
+        # Up to this height the expected direction points up whatever x is.
+        "strip": round(crossing(ys, upward.min(axis=1)), 4),
+        "equilibrium": round(crossing(ys, upward[:, centre]), 4),
+        "y": ys[::8].round(4).tolist(),
+        "upward": upward[::8, centre].round(5).tolist(),
+    }
+
+
+def crossing(ys: np.ndarray, values: np.ndarray) -> float:
+    """Return where values first pass from positive to negative, 0 if they start negative."""
+    if values[0] <= 0:
+        return 0.0
+    k = int(np.argmax(values <= 0))
+    return float(ys[k - 1] + (ys[k] - ys[k - 1]) * values[k - 1] / (values[k - 1] - values[k]))
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def make_run(options: Options, name: str, form: str) -> Callable[..., jax.Array]:
+    """Return a compiled function of keys (seeds,) and the noises to paths (noises, seeds, k, 2)."""
+
+    def eta(step: jax.Array) -> jax.Array:
+        return options.learning_rate / jnp.sqrt(1 + step)
+
+    aggregator, alpha = METHODS[name](), FORMS[form]
+    if alpha is not None:
+        aggregator = jaxmtl.cr_mogm(aggregator, alpha=alpha, learning_rate=eta, num_tasks=2)
+    optimizer = optax.chain(aggregator, optax.sgd(eta))
+
+    def run(key: jax.Array, gaussian: jax.Array) -> jax.Array:
+        def step(carry: tuple[jax.Array, Any], key: jax.Array) -> tuple[Any, jax.Array]:
+            x, opt_state = carry
+            outcomes = jax.random.bernoulli(key, shape=(2,)).astype(int)
+            noise = options.deviation * jax.random.normal(key, (2, 2))
+            gradients = jnp.where(
+                gaussian, jax.jacobian(losses_fn)(x) + noise, sampled_gradients(x, outcomes)
+            )
+            updates, opt_state = optimizer.update(gradients, opt_state, x, key=key)
+            x = project(jaxmtl.apply_updates(x, updates))
+            return (x, opt_state), x
+
+        start = jnp.asarray(options.start)
+        keys = jax.random.split(key, options.steps)
+        return lax.scan(step, (start, optimizer.init(start)), keys)[1]
+
+    seeds = jax.vmap(run, in_axes=(0, None))
+    return jax.jit(jax.vmap(seeds, in_axes=(None, 0)))
+
+
+def recorded_steps(options: Options) -> np.ndarray:
+    """Return the numbers k of the recorded steps, each once."""
+    return np.unique(np.geomspace(1, options.steps, options.points).round().astype(int))
+
+
+def curve(values: np.ndarray) -> Record:
+    """Return mean and standard error over seeds of (seeds, k)."""
+    moments = [mean_and_error(column) for column in values.T]
+    return {
+        "mean": [round(mean, 5) for mean, _ in moments],
+        "error": [round(error, 5) for _, error in moments],
+    }
+
+
+def run_records(options: Options, name: str, form: str, seeds: int) -> list[Record]:
+    """Run all seeds under both noises; return one record per noise."""
+    start = time.perf_counter()
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    run = make_run(options, name, form)
+    chosen = recorded_steps(options)
+    paths = np.asarray(run(keys, jnp.array([False, True]))[:, :, chosen - 1], np.float64)
+    seconds = round(time.perf_counter() - start, 1)
+    first = np.broadcast_to(np.asarray(options.start), (*paths.shape[:2], 1, 2))
+    paths = np.concatenate([first, paths], axis=2)
+    losses = np.asarray(jnp.vectorize(losses_fn, signature="(n)->(m)")(paths), np.float64)
+    return [
+        {
+            "kind": "run",
+            "method": name,
+            "form": form,
+            "noise": noise,
+            "config": asdict(options),
+            "seeds": seeds,
+            "k": [0, *chosen.tolist()],
+            "loss1": curve(losses[i, ..., 0]),
+            "loss2": curve(losses[i, ..., 1]),
+            "distance": curve(paths[i, ..., 1]),
+            "final": {
+                "loss1": losses[i, :, -1, 0].round(5).tolist(),
+                "loss2": losses[i, :, -1, 1].round(5).tolist(),
+                "distance": paths[i, :, -1, 1].round(5).tolist(),
+            },
+            "seconds": seconds,
+            **environment(),
+        }
+        for i, noise in enumerate(NOISES)
+    ]
+
+
+def forms_of(name: str) -> tuple[str, ...]:
+    """Return the forms of a method: fixed weights need no averaging."""
+    return tuple(FORMS) if name in STUDIED else ("plain",)
+
+
+# --- report: from the results file alone ----------------------------------------------------------
+
+
+def of_kind(records: Sequence[Record], kind: str) -> list[Record]:
+    """Return the records of a kind, methods in the order of METHODS."""
+    order = list(METHODS)
+    return sorted(
+        (record for record in records if record["kind"] == kind),
+        key=lambda record: order.index(record["method"]),
+    )
+
+
+def find(records: Sequence[Record], method: str, form: str, noise: str) -> Record | None:
+    """Return the record of a run, None where there is none."""
+    wanted = {"kind": "run", "method": method, "form": form, "noise": noise}
+    return next((r for r in records if wanted.items() <= r.items()), None)
+
+
+def make_tables(records: Sequence[Record]) -> list[Table]:
+    """Return the table of exact expectations and that of the runs."""
+    directions = Table(title="Expected direction, exact (positive: away from the Pareto set)")
+    directions.add_column("method", no_wrap=True)
+    headers = (
+        "E d_y at (0, 0.4)", "one draw for both", f"least, y <= {GAP}", "up for all x to y =",
+        "E d_y = 0 at (0, y)",
+    )  # fmt: skip
+    for header in headers:
+        directions.add_column(header, justify="right")
+    for record in of_kind(records, "expectation"):
+        cells = (record["at_start"][1], record["at_start_shared"][1], record["least_below_gap"])
+        more = (record["strip"], record["equilibrium"])
+        directions.add_row(
+            record["method"], *(f"{c:+.4f}" for c in cells), *(f"{c:.3f}" for c in more)
+        )
+    runs = Table(title="After the last step, mean ± standard error over seeds")
+    for header in ("noise", "method", "form"):
+        runs.add_column(header, no_wrap=True)
+    for header in ("loss 1", "loss 2", "distance", "distance at k / 10"):
+        runs.add_column(header, justify="right")
+    for noise in NOISES:
+        for record in of_kind(records, "run"):
+            if record["noise"] == noise:
+                final = record["final"]
+                runs.add_row(
+                    noise,
+                    record["method"],
+                    record["form"],
+                    show(final["loss1"], digits=3),
+                    show(final["loss2"], digits=3),
+                    show(final["distance"], digits=4),
+                    f"{earlier(record)[0]:.4f}",
+                )
+        runs.add_section()
+    return [directions, runs]
+
+
+def earlier(record: Record) -> tuple[float, float]:
+    """Return mean and error of the distance at a tenth of the steps."""
+    k = int(np.searchsorted(record["k"], record["k"][-1] / 10))
+    return record["distance"]["mean"][k], record["distance"]["error"][k]
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Save the figure: expected direction, both losses, distances under both noises."""
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    axes = figure.subplots(2, 3)
+    colours = {name: f"C{i}" for i, name in enumerate(METHODS)}
+    lines = dict(zip(FORMS, ("-", "--", ":"), strict=True))
+    for record in of_kind(records, "expectation"):
+        axes[0, 0].plot(record["y"], record["upward"], color=colours[record["method"]])
+    axes[0, 0].axhline(0, color="black", lw=0.8)
+    axes[0, 0].axvline(0.4, color="gray", lw=0.8, ls=":")
+    axes[0, 0].set(
+        title="(a) exact expected direction at (0, y)",
+        xlabel="y, the distance to the Pareto set",
+        ylabel="E d_y  (> 0: away)",
+    )
+    panels = (
+        (axes[0, 1], "loss1", "two-point", "(b) loss 1, two-point noise"),
+        (axes[0, 2], "loss2", "two-point", "(c) loss 2, two-point noise"),
+        (axes[1, 0], "distance", "two-point", "(d) distance to the Pareto set, two-point noise"),
+        (axes[1, 1], "distance", "gaussian", "(e) distance, Gaussian noise"),
+    )
+    for axis, quantity, noise, title in panels:
+        for record in of_kind(records, "run"):
+            if record["noise"] != noise:
+                continue
+            mean, error = (np.array(record[quantity][part]) for part in ("mean", "error"))
+            k = np.maximum(record["k"], 0.5)  # the start, left of step 1
+            colour = colours[record["method"]]
+            axis.plot(k, mean, lines[record["form"]], color=colour, lw=1.4)
+            axis.fill_between(k, mean - error, mean + error, color=colour, alpha=0.15, lw=0)
+        axis.set(title=title, xlabel="step", xscale="log")
+        axis.grid(alpha=0.3)
+    for axis in axes[1, :2]:
+        axis.set_yscale("log")
+    handles = [axes[0, 0].plot([], [], color=c, label=name)[0] for name, c in colours.items()]
+    labels = ("plain", "CR-, corollary 1", "CR-, alpha = 0.9")
+    handles += [
+        axes[0, 0].plot([], [], line, color="black", label=label)[0]
+        for line, label in zip(lines.values(), labels, strict=True)
+    ]
+    axes[1, 2].axis("off")
+    axes[1, 2].legend(handles=handles, loc="center", frameon=False, fontsize=11)
+    figure.suptitle("Stochastic quadratics (4) of Zhou et al. 2022: mean and error over seeds")
+    figure.savefig(path, dpi=120)
+
+
+# --- claims: from the results file alone ---------------------------------------------------------
+
+
+def listed(values: dict[str, str]) -> str:
+    """Return "method: value" for all."""
+    return "; ".join(f"{name} {value}" for name, value in values.items())
+
+
+def claims_of_theorem(records: Sequence[Record]) -> list[Claim]:
+    """Judge signs of exact expectations: a condition per method."""
+    facts = {r["method"]: r for r in of_kind(records, "expectation") if r["method"] in STUDIED}
+    if not facts:
+        return []
+    start = {name: fact["at_start"] for name, fact in facts.items()}
+    least = {name: fact["least_below_gap"] for name, fact in facts.items()}
+    return [
+        Claim(
+            "At (0, 0.4) the expected direction points straight away from the Pareto set",
+            "Zhou 2022, section 4 and figure 1a",
+            "(0, e), e > 0",
+            listed({name: f"({x:.3f}, {y:+.3f})" for name, (x, y) in start.items()}),
+            judge(abs(x) < 1e-6 < y for x, y in start.values()),
+        ),
+        Claim(
+            "For every x in [-1, 1] and y in [0, 0.05] the expected direction points away",
+            "Zhou 2022, theorem 1 (its proof's range)",
+            "E d_y > 0",
+            listed({name: f"at least {value:+.3f}" for name, value in least.items()}),
+            judge(value > 0 for value in least.values()),
+        ),
+    ]
+
+
+def peak_rise(record: Record, loss: str) -> tuple[float, float]:
+    """Return how far the mean loss rises above its start, and the error there."""
+    mean, error = (np.array(record[loss][part]) for part in ("mean", "error"))
+    k = int(np.argmax(mean))
+    return float(mean[k] - mean[0]), float(error[k])
+
+
+def claims_of_runs(records: Sequence[Record], noise: str, source: str) -> list[Claim]:
+    """Judge figure 1 and its Gaussian variant."""
+    plain, reduced = (
+        {name: run for name in STUDIED if (run := find(records, name, form, noise))}
+        for form in ("plain", "cr")
+    )
+    if not plain or plain.keys() != reduced.keys():
+        return []
+
+    def far(record: Record) -> bool:
+        mean, error = mean_and_error(record["final"]["distance"])
+        return mean - error > GAP
+
+    def converging(record: Record) -> bool:
+        (mean, error), (before, _) = mean_and_error(record["final"]["distance"]), earlier(record)
+        return mean + error < min(GAP, before)
+
+    def distances(runs: dict[str, Record]) -> str:
+        return listed({name: show(r["final"]["distance"], digits=3) for name, r in runs.items()})
+
+    def losses_saved(name: str, loss: str) -> list[float]:
+        pair = (plain[name]["final"][loss], reduced[name]["final"][loss])
+        return list(np.subtract(*pair))
+
+    def exceeds(values: Sequence[float]) -> bool:
+        mean, error = mean_and_error(values)
+        return mean > error
+
+    claims = [
+        Claim(
+            f"MGDA, PCGrad and CAGrad keep a distance to the Pareto set ({noise} noise)",
+            source,
+            "a constant gap",
+            distances(plain),
+            judge(map(far, plain.values())),
+        ),
+        Claim(
+            f"Their CR- forms converge to the Pareto set ({noise} noise)",
+            source,
+            "0",
+            distances(reduced),
+            judge(map(converging, reduced.values())),
+        ),
+    ]
+    if noise != "two-point":
+        return claims
+    rises = {name: [peak_rise(r, loss) for loss in ("loss1", "loss2")] for name, r in plain.items()}
+    saved = {name: [losses_saved(name, loss) for loss in ("loss1", "loss2")] for name in plain}
+    return [
+        *claims,
+        Claim(
+            "Both losses of the plain methods first rise",
+            source,
+            "",
+            listed(
+                {
+                    name: " and ".join(f"{rise:+.3f} ± {error:.3f}" for rise, error in pair)
+                    for name, pair in rises.items()
+                }
+            ),
+            judge(rise > error for pair in rises.values() for rise, error in pair),
+        ),
+        Claim(
+            "Both final losses of the plain methods are larger than those of their CR- forms",
+            source,
+            "",
+            listed(
+                {
+                    name: " and ".join(show(values, digits=3) for values in pair)
+                    for name, pair in saved.items()
+                }
+            ),
+            judge(exceeds(values) for pair in saved.values() for values in pair),
+        ),
+    ]
+
+
+def claims(folder: Path) -> list[Claim]:
+    """Return the claims that the results in ``folder`` decide.
+
+    Far from the Pareto set is more than 0.05 from it by an error, the range of theorem 1's proof;
+    converging is nearer than that, by an error, and nearer than at a tenth of the steps.
+    """
+    records = read_records(folder / "stochastic_quadratic.jsonl")
+    return [
+        *claims_of_theorem(records),
+        *claims_of_runs(records, "two-point", "Zhou 2022, theorem 1 and figure 1"),
+        *claims_of_runs(records, "gaussian", "Zhou 2022, section 4 and appendix G.2"),
+    ]
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def compute(
+    options: Options, methods: Sequence[str], seeds: int, results: Path, console: Console
+) -> None:
+    """Compute what the results file does not hold yet."""
+    records = read_records(results)
+    for name in methods:
+        if name not in {r["method"] for r in of_kind(records, "expectation")}:
+            append_records(results, [expectation_record(name)])
+    jobs = [(name, form) for name in methods for form in forms_of(name)]
+    missing = [(n, f) for n, f in jobs if find(records, n, f, NOISES[-1]) is None]
+    for name, form in track(missing, console=console, disable=not console.is_terminal):
+        done = run_records(options, name, form, seeds)
+        append_records(results, done)
+        for record in done:
+            distance = show(record["final"]["distance"], digits=4)
+            console.print(f"{name}, {form}, {record['noise']} noise: distance {distance}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.stochastic_quadratic")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("results"), help="folder of results and figure")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    add("--seeds", type=int, default=20)
+    add("--steps", type=int, default=Options.steps)
+    add("--resume", action="store_true", help="keep what the results file holds already")
+    add("--report-only", action="store_true", help="tables and figure of an existing results file")
+    add("--smoke", action="store_true", help="two seeds, thirty steps")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compute, then report."""
+    args = parse(argv)
+    console = make_console()
+    if args.smoke:
+        args.seeds, args.steps = 2, 30
+    options = replace(Options(), steps=args.steps)
+    results = args.out / "stochastic_quadratic.jsonl"
+    if not args.report_only:
+        if not args.resume:
+            results.unlink(missing_ok=True)
+        configs = [r["config"] for r in read_records(results) if r["kind"] == "run"]
+        expected = asdict(options) | {"start": list(options.start)}
+        if any(config != expected for config in configs):
+            raise SystemExit(f"expected the options of {results}, got {options}; drop --resume")
+        compute(options, args.methods, args.seeds, results, console)
+    records = read_records(results)
+    if not records:
+        raise SystemExit(
+            f"expected results in {results}, got none; run without --report-only first"
+        )
+    for table in make_tables(records):
+        console.print(table)
+    figure = results.with_suffix(".png")
+    draw(records, figure)
+    console.print(f"{results} -> {figure}")
+
+
+if __name__ == "__main__":
+    main()
