@@ -193,7 +193,7 @@ class Options:
 PRESETS = {
     # 1,200 rows are soon learned by heart: the number of epochs decides.
     "yeast": Options(
-        "yeast", epochs=40, batch_size=100, evaluate_every=2, learning_rates=(0.001, 0.003)
+        "yeast", epochs=24, batch_size=100, evaluate_every=2, learning_rates=(0.003, 0.01)
     ),
     # One learning rate for all rules, the best of {0.001, 0.003, 0.01} for equal weights.
     "census": Options(
