@@ -445,7 +445,8 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
     groups = {size: summarise(group) for size, group in by_batch_size(records).items()}
     sizes = list(groups)
     shown = {name for summary in groups.values() for name in summary}
-    columns = [pair for pair in PAIRS.items() if shown.intersection(pair)]
+    columns: list[tuple[str, ...]] = [p for p in PAIRS.items() if shown.intersection(p)]
+    columns += [(name,) for name in METHODS if name in shown.difference(*PAIRS.items())]
     figure = Figure(figsize=(4 * len(columns) + 1, 4.8), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     looks = {"left": ("tab:blue", "o"), "right": ("tab:orange", "s")}
