@@ -20,7 +20,18 @@ def check_params(params: PyTree) -> None:
             )
 
 
+def _check_one_array(losses: Any, what: str) -> None:
+    if not jax.tree_util.all_leaves([losses]):
+        raise ValueError(
+            f"expected losses_fn to return {what} as one array, got "
+            f"{jax.tree.structure(losses)}; stack named losses in an order that you fix, "
+            "jnp.stack([losses[name] for name in names]), and with auxiliary outputs pass "
+            "has_aux=True"
+        )
+
+
 def _check_losses(losses: jax.Array) -> None:
+    _check_one_array(losses, "the m task losses")
     if jnp.ndim(losses) != 1 or not jnp.size(losses):
         raise ValueError(
             f"expected losses_fn to return the vector of the m task losses, got shape "
@@ -154,6 +165,7 @@ def batch_size(in_axes: tuple[Any, ...], args: tuple[Any, ...]) -> int:
 
 def check_example_loss(loss: jax.Array) -> jax.Array:
     """Returns the loss of one example after checking that it is a floating point scalar."""
+    _check_one_array(loss, "the loss of one example")
     if jnp.ndim(loss) != 0 or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(
             f"with in_axes the function sees ONE example: expected a floating point scalar loss, "

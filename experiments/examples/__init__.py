@@ -1,0 +1,1 @@
+"""One model in four frameworks, each trained by the same optimizer, and notes for migrants."""

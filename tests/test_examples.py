@@ -1,0 +1,138 @@
+"""The four examples train one model alike, by name; losses by name are never stacked silently."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmtl
+
+pytest.importorskip("flax", reason="the extra `experiments` is not installed")
+pytest.importorskip("sklearn", reason="the extra `experiments` is not installed")
+pytest.importorskip("equinox", reason="the extra `experiments` is not installed")
+
+from experiments.examples import (
+    _problem,
+    equinox_modules,
+    flax_linen,
+    flax_nnx,
+    plain_pytrees,
+)
+from experiments.examples._named import by_task, stack_losses
+from experiments.examples._problem import Batch
+
+TASKS = _problem.TASKS
+STEPS, SEEDS = 12, 2
+TRAIN = {
+    "plain": plain_pytrees.train,
+    "plain without Jacobian": plain_pytrees.train_without_jacobian,
+    "linen": flax_linen.train,
+    "nnx": flax_nnx.train,
+    "equinox": equinox_modules.train,
+}
+
+pytestmark = pytest.mark.xdist_group("examples")
+
+
+@pytest.fixture(scope="module")
+def logs():
+    return {name: _problem.train_seeds(train, STEPS, SEEDS) for name, train in TRAIN.items()}
+
+
+@pytest.mark.parametrize("other", [name for name in TRAIN if name != "plain"])
+def test_the_examples_agree(logs, other):
+    """Twelve steps of Adam in float32: what differs is the order of sums."""
+    for ours, theirs in zip(logs["plain"], logs[other], strict=True):
+        for task in TASKS:
+            np.testing.assert_allclose(theirs[task], ours[task], rtol=2e-4, atol=2e-5)
+
+
+def test_logs_have_the_names_of_the_tasks(logs):
+    for log in logs.values():
+        for series in log:
+            assert set(series) == set(TASKS)
+            assert all(series[task].shape == (SEEDS, STEPS) for task in TASKS)
+
+
+def test_training_helps_and_seeds_differ(logs):
+    total = sum(logs["plain"].losses.values())
+    assert (total[:, -4:].mean(axis=1) < total[:, :4].mean(axis=1)).all()
+    assert (total[0] != total[1]).all()
+
+
+def test_logged_weights_are_those_of_the_trunk_at_the_scheduled_radius(logs):
+    """Whatever the solver: CAGrad's update lies on the sphere of radius c |g_0| around the mean."""
+    params, batches = _problem.draw_seeds(STEPS, SEEDS)
+    start = jax.tree.map(lambda x: x[0], (params, Batch(*(x[:, 0] for x in batches))))
+    losses, jacobian = jax.jit(jaxmtl.value_and_jacobian(plain_pytrees.losses_fn))(*start)
+    rows = np.concatenate([x.reshape(3, -1) for x in jax.tree.leaves(jacobian["trunk"])], axis=1)
+    log = logs["plain"]
+    np.testing.assert_allclose([log.losses[t][0, 0] for t in TASKS], losses, rtol=1e-6)
+    weights = np.array([log.weights[task][0, 0] for task in TASKS])
+    mean = rows.mean(axis=0)
+    radius = np.linalg.norm(weights @ rows - mean) / np.linalg.norm(mean)
+    np.testing.assert_allclose(radius, 0.1, rtol=1e-4)
+    np.testing.assert_allclose(_problem.radius(STEPS)(0), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(weights.min(), 1 / 3, rtol=1e-4)  # and helps the worst task
+
+
+@pytest.mark.parametrize("example", [plain_pytrees, flax_linen, flax_nnx, equinox_modules])
+def test_examples_run_as_programs(example, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(_problem, "train_seeds", lambda train: calls.append(train) or fake_log())
+    example.main()
+    assert calls == [example.train]
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()] == list(TASKS)
+    assert "parity   loss 0.000 -> 2.000, last weight 2.000" in printed
+
+
+def fake_log():
+    series = {task: jnp.arange(3.0) * jnp.ones((2, 1)) for task in TASKS}
+    return _problem.Log(series, series)
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+def test_the_order_of_losses_is_that_of_the_names_and_not_of_the_dictionary():
+    """`jit` returns a dictionary sorted by key, so that values() has another order outside."""
+    names = ("right", "left")
+
+    def losses(x):
+        return {"right": x, "left": 2 * x}
+
+    inside = jax.jit(lambda x: stack_losses(losses(x), names))(1.0)
+    outside = stack_losses(jax.jit(losses)(1.0), names)
+    np.testing.assert_array_equal(inside, [1.0, 2.0])
+    np.testing.assert_array_equal(outside, [1.0, 2.0])
+    assert list(jax.jit(losses)(1.0)) == ["left", "right"]  # the trap
+    named = by_task(jnp.stack([outside, 3 * outside]), names)
+    np.testing.assert_array_equal(named["left"], [2.0, 6.0])
+
+
+@pytest.mark.parametrize("names", [("left",), ("left", "right", "top"), ("left", "rigth")])
+def test_missing_unknown_and_misspelt_names_are_refused(names):
+    with pytest.raises(ValueError, match="expected one loss for each of"):
+        stack_losses({"left": jnp.ones(()), "right": jnp.ones(())}, names)
+
+
+def test_a_wrong_number_of_values_is_refused():
+    with pytest.raises(ValueError, match=r"expected shape \(\.\.\., 2\)"):
+        by_task(jnp.ones((2, 3)), ("left", "right"))
+
+
+@pytest.mark.parametrize("make", [jaxmtl.value_and_jacobian, jaxmtl.value_and_gramian])
+def test_the_library_refuses_a_dictionary_and_says_what_to_do(make):
+    def losses_fn(params):
+        return {"left": params.sum(), "right": params.sum()}
+
+    with pytest.raises(ValueError, match=r"as one array, got .*left.*jnp.stack"):
+        make(losses_fn)(jnp.ones(2))
+
+
+def test_one_example_with_named_losses_is_refused():
+    with pytest.raises(ValueError, match=r"as one array, got .*left.*jnp.stack"):
+        jaxmtl.value_and_jacobian(lambda p, x: {"left": x * p.sum()}, in_axes=(None, 0))(
+            jnp.ones(2), jnp.ones(3)
+        )
