@@ -19,7 +19,7 @@ from experiments.examples import checkpoint
 pytestmark = pytest.mark.xdist_group("checkpoints")
 
 ROOT = Path(__file__).parents[1]
-STOP, END = 5, 9  # the stream is reshuffled at 4 and at 8
+STOP, END = 5, 9
 
 ELSEWHERE = """
 import sys
@@ -62,8 +62,9 @@ def test_what_is_saved_is_needed(rule, runs, tmp_path):
     uninterrupted, parts = runs[rule]
     shutil.copytree(parts, tmp_path / "run")
     stopped, _ = checkpoint.train(rule, tmp_path / "run", STOP)
-    fresh = checkpoint.start(rule)
-    loop = checkpoint.steps_until(rule, checkpoint.mesh_of_all())
+    mesh = checkpoint.mesh_of_all()
+    fresh = jax.device_put(checkpoint.start(rule), checkpoint.shardings(stopped, mesh))
+    loop = checkpoint.steps_until(rule, mesh)
     without_rule = stopped._replace(opt_state=(fresh.opt_state[0], *stopped.opt_state[1:]))
     elsewhere = stopped._replace(position=fresh.position)
     for run, steps in ((without_rule, END), (elsewhere, END - STOP)):

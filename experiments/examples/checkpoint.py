@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -53,14 +54,18 @@ class Run(NamedTuple):
     position: jax.Array
 
 
+def make_data() -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs (examples, features) and targets (examples, m)."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((EXAMPLES, FEATURES), np.float32)
+    return x, np.tanh(x @ rng.standard_normal((FEATURES, TASKS), np.float32))
+
+
 def batch_at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return batch number ``position`` of an endless shuffled stream: inputs and targets."""
-    key_x, key_y, key_order = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(key_x, (EXAMPLES, FEATURES))
-    y = jnp.tanh(x @ jax.random.normal(key_y, (FEATURES, TASKS)))
-    epoch, step = jnp.divmod(position, EXAMPLES // BATCH)
-    order = jax.random.permutation(jax.random.fold_in(key_order, epoch), EXAMPLES)
-    chosen = jax.lax.dynamic_slice_in_dim(order, step * BATCH, BATCH)
+    """Return batch number ``position`` of an endless random stream: inputs and targets."""
+    key = jax.random.fold_in(jax.random.key(0), position)
+    chosen = jax.random.randint(key, (BATCH,), 0, EXAMPLES)
+    x, y = map(jnp.asarray, make_data())
     return x[chosen], y[chosen]
 
 
@@ -141,7 +146,7 @@ def train(rule: str, folder: Path, num_steps: int) -> tuple[Run, int]:
     with ocp.CheckpointManager(folder.absolute()) as manager:
         latest = manager.latest_step()
         if latest is None:
-            run = jax.jit(partial(start, rule), out_shardings=places)()
+            run = jax.jit(start, static_argnums=0, out_shardings=places)(rule)
         else:
             target = jax.tree.map(
                 lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
