@@ -56,15 +56,19 @@ def replicated(x: jax.Array, ndim: int) -> NamedSharding | None:
 
 def whole(x: jax.Array) -> jax.Array:
     """Brings an array to every device in full, where its sharding is explicit."""
-    if _explicit(x) is None:
+    if explicit_sharding(jax.typeof(x)) is None:
         return x
     return jax.sharding.reshard(x, replicated(x, x.ndim))
 
 
-def _explicit(x: jax.Array) -> NamedSharding | None:
-    sharding = jax.typeof(x).sharding
-    split = any(axis is not None for axis in sharding.spec)
-    return sharding if split and not sharding.mesh.empty else None
+def explicit_sharding(aval: Any, lead: int = 0) -> NamedSharding | None:
+    """Returns how explicit axes split a type, or None where they do not.
+
+    ``lead`` is the number of whole axes to put in front, or, negative, of axes to drop there.
+    """
+    mesh, spec = aval.sharding.mesh, (*(None,) * lead, *aval.sharding.spec)[max(-lead, 0) :]
+    split = not mesh.empty and any(axis is not None for axis in spec)
+    return NamedSharding(mesh, PartitionSpec(*spec)) if split else None
 
 
 def zero_rows(params: PyTree, m: int) -> PyTree:
@@ -79,9 +83,7 @@ def zero_rows(params: PyTree, m: int) -> PyTree:
 
 def uniform_like_row(key: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Draws numbers in [0, 1) in the shape of one row; each device draws its part alone."""
-    sharding = _explicit(rows)
-    if sharding is not None:
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    sharding = explicit_sharding(jax.typeof(rows), lead=-1)
     return jax.random.uniform(key, rows.shape[1:], dtype, out_sharding=sharding)
 
 

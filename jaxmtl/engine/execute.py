@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl import linalg
 from jaxmtl.engine.program import DATA, PARAM, Call, Program, Scan, Use, Value, derived
 
 Array = Any
@@ -74,12 +75,13 @@ def derive(program: Program, leaves: Sequence[Array], constants: Sequence[Array]
 
 
 def tap_shapes(program: Program) -> list[list[jax.ShapeDtypeStruct]]:
-    """Return, per use and tapped output, shape and dtype of its cotangent for one example."""
+    """Return, per use and tapped output, the type of its cotangent for one example."""
     return [
         [
             jax.ShapeDtypeStruct(
                 tuple(loop.length for loop in use.loops) + use.outs[k].aval.shape,
                 use.outs[k].aval.dtype,
+                sharding=linalg.explicit_sharding(use.outs[k].aval, lead=len(use.loops)),
             )
             for k in use.tapped
         ]

@@ -76,7 +76,10 @@ def forward_backward(
         constants = [*closed.consts, *(x for i, x in enumerate(args) if axes[i] is None)]
         traced.extend([program, constants, jax.tree.structure(shapes[1])])
         env = execute.derive(program, leaves, constants)
-        taps = [[jnp.zeros(s.shape, s.dtype) for s in tap] for tap in execute.tap_shapes(program)]
+        taps = [
+            [jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding) for s in tap]
+            for tap in execute.tap_shapes(program)
+        ]
 
         def loss(taps: list[list[Array]]) -> Any:
             outs, residuals = execute.run(program, env, example, taps)
