@@ -1,0 +1,232 @@
+"""Eight simulated devices, automatic and explicit axes, shard_map, and two processes."""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import devices
+from tests.methods import BY_NAME, METHODS
+
+ROOT = Path(__file__).parents[1]
+WEIGHTED = [method.name for method in METHODS if method.weighted]
+SMALL = devices.TASKS**2  # what a rule may send: entries of the Gramian, maxima, flags
+
+# Between them: all four parts of the claim (batch split, parameters split, both, shard_map), both
+# modes, both routes, every rule. The complete cross is slow.
+JOBS = ("rules:fsdp:explicit:rows", "rules:both:auto:pieces", "map:parts:auto:rows")
+CROSS = tuple(
+    f"rules:{layout}:{mode}:{route}"
+    for layout in devices.LAYOUTS
+    for mode in devices.MODES
+    for route in ("rows", "pieces")
+    if f"rules:{layout}:{mode}:{route}" not in JOBS
+)
+SUGAR = tuple(f"rules:{layout}:explicit:grad" for layout in ("fsdp", "both"))
+MAPPED = tuple(
+    f"map:{kind}:{mode}:{route}"
+    for mode in devices.MODES
+    for kind, routes in {
+        "mean": ("rows", "pieces"),
+        "rows": ("rows",),
+        "partial": ("rows", "pieces"),
+        "parts": ("rows", "pieces"),
+        "outside": ("rows",),
+    }.items()
+    for route in routes
+    if mode == "auto" or kind in ("partial", "outside")  # all axes manual: one mode is the other
+    if f"map:{kind}:{mode}:{route}" not in JOBS
+)
+GRADIENTS = ("gradient:fsdp:explicit:", "gradient:both:auto:")
+EXAMPLES = ("examples:fsdp:explicit:", "examples:both:explicit:")
+PLANS = tuple(f"plan:{place}:{route}:64" for place in devices.PLACES for route in devices.ROUTES)
+QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *PLANS, "readme:::", "lookup:::")
+
+pytestmark = pytest.mark.xdist_group("devices")
+
+
+def run_jobs(jobs):
+    flags = "--xla_force_host_platform_device_count=8"
+    env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    command = [sys.executable, "-W", "error", "-m", "tests.devices", *jobs]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(jobs, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@functools.cache
+def quick():
+    """What all tests here read: one process, which imports JAX and meets each program once."""
+    return run_jobs(QUICK)
+
+
+def rules_of(job):
+    kind, of, _, route = job.split(":")
+    by_rows = route == "rows" and (kind, of) != ("map", "parts")
+    return [method.name for method in METHODS] if by_rows else WEIGHTED
+
+
+def check_rules(job, result):
+    deviation = result["deviation"]
+    assert list(deviation) == rules_of(job)
+    assert all(np.isfinite(list(deviation.values())))
+    worst = max(deviation, key=deviation.get)
+    assert deviation[worst] <= 1e-6, f"{worst} differs by {deviation[worst]} in {job}"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_update_is_that_of_one_device(job):
+    check_rules(job, quick()[job])
+
+
+def large(collectives):
+    return {kind: n for kind, n in collectives.items() if int(kind.split(":")[1]) > SMALL}
+
+
+def check_collectives(result):
+    """The rules send nothing of the size of a row or a parameter."""
+    extra = {
+        kind: n - result["baseline"].get(kind, 0)
+        for kind, n in large(result["collectives"]).items()
+    }
+    assert not any(n > 0 for n in extra.values()), extra
+    assert large(result["collectives"]), "the model itself sends rows: none was found"
+
+
+@pytest.mark.parametrize("job", JOBS[:2])
+def test_rules_send_gramians_alone(job):
+    result = quick()[job]
+    check_collectives(result)
+    if job.endswith("rows"):
+        sent = result["collectives"].get(f"all-reduce:{SMALL}", 0)
+        assert sent > result["baseline"].get(f"all-reduce:{SMALL}", 0), (
+            "partial Gramians are summed"
+        )
+        assert result["states_lie_as_params"]
+
+
+def total(collectives, kind):
+    parts = (key.split(":") for key in collectives.elements())
+    return sum(int(size) for name, size in parts if name == kind)
+
+
+def test_rows_are_m_gradients_and_no_more():
+    """Of what crosses devices before a rule begins, against the gradient of the mean loss."""
+    m = devices.TASKS
+    gradient = devices.collections.Counter(quick()[GRADIENTS[0]]["collectives"])
+    rows = devices.collections.Counter(quick()[JOBS[0]]["baseline"])  # of two batches
+    assert total(rows, "all-reduce") == 2 * m * (total(gradient, "all-reduce") + 1)
+    assert total(rows, "all-gather") <= 2 * total(gradient, "all-gather")
+    assert total(gradient, "all-gather") > 0
+
+
+@pytest.mark.parametrize("job", EXAMPLES)
+def test_one_objective_per_example(job):
+    assert max(quick()[job]["deviation"].values()) <= 1e-6
+
+
+@pytest.mark.parametrize("place", devices.PLACES)
+@pytest.mark.parametrize("route", devices.ROUTES)
+def test_the_plan_is_what_the_compiler_sends_and_holds(place, route):
+    result = quick()[f"plan:{place}:{route}:64"]
+    n, share = result["n"], 8 if place == "sharded" else 1
+    temporary = []
+    for m in (2, 6):
+        found, planned = result[str(m)], devices.plan(route, place, n, m, 8)
+        sent = devices.collections.Counter(large_rows(found["collectives"]))
+        # The compiler for CPUs reduces whole rows where others scatter the sum.
+        assert total(sent, "all-reduce") == planned["reduced"]
+        assert total(sent, "all-gather") == planned["gathered"]
+        assert sum(sent.values()) == sum(
+            n for kind, n in sent.items() if kind.split(":")[0] in ("all-reduce", "all-gather")
+        )
+        x = 8 * 32 / 8
+        assert found["arguments"] == n / share + x
+        held = planned["held"] if route == "Jacobian" else n // share
+        assert held <= found["outputs"] <= held + m + 4  # losses, and the pointers of a tuple
+        temporary.append(found["temporary"])
+    grown = temporary[1] - temporary[0]
+    if route == "Jacobian":
+        assert grown >= 4 * n / share
+    else:
+        assert grown < n / share / 4, "memory does not grow with the number of tasks"
+
+
+def large_rows(collectives):
+    return {kind: n for kind, n in collectives.items() if int(kind.split(":")[1]) > 64}
+
+
+def test_readme_listing_runs_and_its_table_is_the_plan():
+    assert devices.table() in (ROOT / "README.md").read_text()
+    result = quick()["readme:::"]
+    assert result["listings"] == 1
+    assert result["held"] == [2, 3]
+    assert result["difference"] < 1e-5
+
+
+def test_lookups_of_split_batches_as_the_readme_says():
+    """A limit of JAX's: when this fails, the README's sentence can go."""
+    result = quick()["lookup:::"]
+    assert (result["plain"], result["told"], result["one_hot"]) == (False, False, True)
+    same = np.arange(16)[:, None] % 7 == np.arange(16) % 7
+    np.testing.assert_array_equal(result["gramian"], 12 * same)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(devices_each, *arguments):
+    env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices_each), JAX_PLATFORMS="cpu")
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    env |= {"JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", "experiments.examples.distributed", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    return json.loads(lines[0]) if lines else None
+
+
+def test_two_processes_run_the_job_of_one():
+    alone = start(4)
+    address = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")
+    pair = [start(2, *address, i) for i in range(2)]
+    try:
+        one, first, second = finish(alone), *map(finish, pair)
+    finally:
+        for process in (alone, *pair):
+            process.kill()
+    assert second is None
+    assert (one["processes"], first["processes"], first["devices"]) == (1, 2, 4)
+    assert first["held"] == one["held"] == {"w": [8, 8], "b": [2], "head": [2, 3]}
+    for name in ("losses", "weights", "norm"):
+        np.testing.assert_allclose(first[name], one[name], rtol=1e-6)
+    assert np.ptp(one["weights"]) > 0.01, "tasks conflict, so that the weights are worth comparing"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [CROSS, SUGAR, MAPPED], ids=["layouts", "value_and_grad", "map"])
+def test_every_rule_in_every_layout(jobs):
+    for job, result in run_jobs(jobs).items():
+        check_rules(job, result)
+        if job.startswith("rules"):
+            check_collectives(result)
+            assert result["states_lie_as_params"]
+
+
+def test_jobs_cover_every_rule():
+    assert {name for job in JOBS for name in rules_of(job)} == set(BY_NAME)
