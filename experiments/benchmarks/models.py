@@ -1,7 +1,7 @@
 """Models of the Gramian benchmark, as losses of one example.
 
-Grouped and depthwise convolutions are written as sums of shifted products: XLA's backward pass of a
-grouped convolution is about 80 times slower on CPU, for every method alike.
+The convolutional networks are those of `experiments.models.iwrm_networks`, whose depthwise
+convolutions are sums of shifted products.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from experiments.models.iwrm_networks import ARCHITECTURES, logits
 
 Array = Any
 PyTree = Any
@@ -80,74 +82,45 @@ def _conv(x: Array, layer: dict[str, Array]) -> Array:
     return out[0] + layer["b"]
 
 
-def _depthwise(x: Array, layer: dict[str, Array]) -> Array:
-    """Convolve each channel with its own 3 x 3 kernels `(3, 3, channels, multiplier)`."""
-    height, width, _ = x.shape
-    out: Array = 0.0
-    for i in range(3):
-        for j in range(3):
-            shifted = x[i : height - 2 + i, j : width - 2 + j]
-            out = out + shifted[..., None] * layer["w"][i, j]
-    return out.reshape(*out.shape[:2], -1) + layer["b"]
-
-
-def _pool(x: Array, size: int) -> Array:
-    """Take the maximum over windows that do not overlap; rests at the border are dropped."""
-    height, width, channels = x.shape
-    x = x[: height // size * size, : width // size * size]
-    x = x.reshape(height // size, size, width // size, size, channels)
-    return jnp.max(x, axis=(1, 3))
-
-
-def _cnn(
-    shape: tuple[int, int, int],
-    channels: tuple[int, int, int],
-    pools: tuple[int, int, int],
-    hidden: int,
-    grouped: bool,
-) -> Model:
-    """Return a network of the Jacobian-descent paper: 3 x 3 convolutions, two dense layers."""
+def _cnn(name: str) -> Model:
+    """Return a network of the Jacobian-descent paper, with XLA's own dense convolutions."""
     rng = np.random.default_rng(0)
-    widths = (shape[-1], *channels)
+    architecture = ARCHITECTURES[name]
     kernels = []
-    for i, (a, b) in enumerate(itertools.pairwise(widths)):
-        kernel = (3, 3, a, b // a) if grouped and i else (3, 3, a, b)
-        kernels.append({"w": _normal(rng, *kernel) / (3.0 if grouped and i else 1.0)})
+    for i, (shape, b) in enumerate(
+        zip(architecture.kernel_shapes(), architecture.channels, strict=True)
+    ):
+        depthwise = architecture.grouped and i
+        kernels.append({"w": _normal(rng, *shape) / (3.0 if depthwise else 1.0)})
         kernels[-1]["b"] = jnp.zeros(b)
-    size = shape[0]
-    for pool in pools:
-        size = (size - 2) // pool
-    flat = size * size * channels[-1]
-    params = {"conv": kernels, "dense": [_dense(rng, flat, hidden), _dense(rng, hidden, 10)]}
+    hidden = architecture.hidden
+    layers = [_dense(rng, architecture.flat(), hidden), _dense(rng, hidden, 10)]
 
     def loss(params: PyTree, x: Array, y: Array) -> Array:
-        for i, (layer, pool) in enumerate(zip(params["conv"], pools, strict=True)):
-            x = _depthwise(x, layer) if grouped and i else _conv(x, layer)
-            x = jax.nn.elu(_pool(x, pool) if pool > 1 else x)
-        first, last = params["dense"]
-        return _cross_entropy(_apply(last, jax.nn.elu(_apply(first, x.reshape(-1)))), y)
+        return _cross_entropy(logits(architecture, params, x, conv=_conv), y)
 
-    return Model(loss, params, _classification(rng, *shape))
+    params = {"conv": kernels, "dense": layers}
+    return Model(loss, params, _classification(rng, *architecture.shape))
 
 
 def svhn() -> Model:
     """Return the network of table 2."""
-    return _cnn((32, 32, 3), (16, 32, 32), (1, 2, 3), 64, grouped=True)
+    return _cnn("svhn")
 
 
 def cifar10() -> Model:
     """Return the network of table 3."""
-    return _cnn((32, 32, 3), (32, 64, 64), (1, 2, 3), 128, grouped=True)
+    return _cnn("cifar10")
 
 
 def eurosat() -> Model:
     """Return the network of table 4."""
-    return _cnn((64, 64, 3), (32, 64, 64), (2, 2, 3), 128, grouped=True)
+    return _cnn("eurosat")
 
 
 def mnist() -> Model:
     """Return the network of table 5."""
-    return _cnn((28, 28, 1), (32, 64, 64), (1, 2, 3), 128, grouped=False)
+    return _cnn("mnist")
 
 
 def transformer() -> Model:

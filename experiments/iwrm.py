@@ -1,0 +1,483 @@
+"""Instance-wise risk minimisation: every image a task."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+import jaxmtl
+from experiments._runs import Record, append_records, environment, make_console, read_records
+from experiments.data.images import load_sklearn_digits, load_tfds_images
+from experiments.iwrm_report import FIGURES, claims, report
+from experiments.iwrm_time import time_rules
+from experiments.models.iwrm_networks import ARCHITECTURES, Architecture, Params, init, logits
+
+COMMAND = "python -m experiments.iwrm --data-dir DIR --out experiments/results"
+
+__all__ = ["COMMAND", "FIGURES", "claims", "main"]
+
+State = Any
+Example = tuple[jax.Array, jax.Array]  # an image and its label, or a batch of both
+Curves = dict[str, jax.Array]
+
+
+class Rule(NamedTuple):
+    """An aggregator of the paper."""
+
+    make: Callable[[], jaxmtl.Aggregator]
+    start: float = 10**-1.0  # the rate at which the reduced search begins
+
+
+# Appendix B. Rules that sum where others average begin with a shorter step, rules whose update is
+# short with a longer one: this saves trainings and decides nothing, the search goes on from there.
+AGGREGATORS: dict[str, Rule] = {
+    "mean": Rule(jaxmtl.linear_scalarization),
+    "mgda": Rule(jaxmtl.mgda, 10**1.0),
+    "dual_proj": Rule(jaxmtl.dual_proj),
+    "pcgrad": Rule(jaxmtl.pcgrad, 10 ** (-5 / 3)),
+    "graddrop": Rule(jaxmtl.graddrop, 10 ** (-7 / 3)),
+    "imtl_g": Rule(jaxmtl.imtl_g),
+    # The paper leaves c open; 0.5 is that of the CAGrad paper's image experiments.
+    "cagrad": Rule(lambda: jaxmtl.cagrad(0.5)),
+    "rgw": Rule(jaxmtl.rgw),
+    # The paper runs its authors' code, which normalises the Gramian and bounds the step.
+    "nash_mtl": Rule(lambda: jaxmtl.nash_mtl(normalise=True, max_norm=1.0)),
+    "aligned_mtl": Rule(jaxmtl.aligned_mtl, 10**0.0),
+    "upgrad": Rule(jaxmtl.upgrad),
+}
+# With the rate at which the reduced search begins, where the rule's own does not matter.
+OPTIMIZERS: dict[str, tuple[Callable[[], optax.GradientTransformation], float | None]] = {
+    "sgd": (optax.identity, None),
+    "adam": (optax.scale_by_adam, 10 ** (-8 / 3)),  # its defaults are those of PyTorch
+}
+PAIR = ("mean", "upgrad")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides the outcome of a training, besides aggregator, rate and seed."""
+
+    dataset: str
+    epochs: int
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    shrink: int = 1  # side of the squares of pixels that are averaged; 1 is the paper's
+    examples: int = 1024  # of the training split, another subset for each seed
+
+
+class Part(NamedTuple):
+    """Trainings whose results share a file."""
+
+    settings: tuple[Setting, ...]
+    aggregators: tuple[str, ...] = tuple(AGGREGATORS)
+
+
+# Table 6 and appendix D.
+PAPER = {
+    "mnist": Part((Setting("mnist", 8),)),
+    "fashion_mnist": Part((Setting("fashion_mnist", 25),)),
+    "cifar10": Part((Setting("cifar10", 20),)),
+    "batch_size": Part(tuple(Setting("cifar10", 20, b) for b in (4, 16, 32, 64)), PAIR),
+    "adam": Part((Setting("cifar10", 15, optimizer="adam"),)),
+}
+
+
+def reduced(part: Part, dataset: str, epochs: int, aggregators: Sequence[str]) -> Part:
+    """Return a part on images of half the side, with fewer epochs."""
+    settings = (replace(s, dataset=dataset, epochs=epochs, shrink=2) for s in part.settings)
+    return Part(tuple(settings), tuple(aggregators))
+
+
+# Two CPU cores take a seventh of the time for images of half the side.
+SMALL = {
+    "mnist": reduced(PAPER["mnist"], "mnist", 8, list(AGGREGATORS)),
+    "fashion_mnist": reduced(PAPER["fashion_mnist"], "fashion_mnist", 8, list(AGGREGATORS)),
+    "batch_size": reduced(PAPER["batch_size"], "mnist", 8, PAIR),
+    "adam": reduced(PAPER["adam"], "mnist", 8, ("mean", "mgda", "dual_proj", "upgrad")),
+    "cifar10": reduced(PAPER["cifar10"], "cifar10", 8, ("mean", "mgda", "dual_proj", "upgrad")),
+    "full_size": Part(PAPER["mnist"].settings, PAIR),
+}
+SMOKE = {
+    "mnist": Part((Setting("digits", 2, 16, examples=32),), PAIR),
+}
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+@cache
+def load(dataset: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return all training images (n, height, width, channels), normalised, and their labels."""
+    if dataset == "digits":  # for smoke runs: they need no download
+        images, labels = load_sklearn_digits("train")
+        images = np.kron(images, np.ones((1, 2, 2), np.uint8))  # 8 x 8 is too little to convolve
+    else:
+        images, labels = load_tfds_images(dataset, "train", data_dir=data_dir)
+    x = images.reshape(*images.shape[:3], -1).astype(np.float32) / 255
+    return (x - x.mean(axis=(0, 1, 2))) / x.std(axis=(0, 1, 2)), labels
+
+
+def subset(setting: Setting, data_dir: str | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the examples of a seed: images (n, height, width, channels) and labels (n,)."""
+    images, labels = load(setting.dataset, data_dir)
+    chosen = np.random.default_rng(seed).permutation(len(labels))[: setting.examples]
+    x, side = images[chosen], setting.shrink
+    height, width = (length // side for length in x.shape[1:3])
+    x = x.reshape(len(x), height, side, width, side, -1).mean(axis=(2, 4))
+    return x, labels[chosen]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def network_of(dataset: str) -> str:
+    """Return the name of a data set's network; those of grey images share MNIST's."""
+    return dataset if dataset in ARCHITECTURES else "mnist"
+
+
+def make_loss(architecture: Architecture) -> Callable[[Params, Example], jax.Array]:
+    """Return the cross-entropy of one example."""
+
+    def loss(params: Params, example: Example) -> jax.Array:
+        x, label = example
+        return -jax.nn.log_softmax(logits(architecture, params, x))[label]
+
+    return loss
+
+
+def cosine(product: jax.Array, squares: jax.Array) -> jax.Array:
+    """Return product / sqrt(squares), 0 where a vector vanishes."""
+    return jnp.where(squares > 0, product / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
+Direction = Callable[..., tuple[jax.Array, Params, jax.Array, State]]
+
+
+def weighted_direction(aggregators: Sequence[jaxmtl.Aggregator], loss: Any) -> Direction:
+    """Return a step of the rules that have a weighting, without the Jacobian.
+
+    Which rule it is, is an argument: one compiled program serves all of them.
+    """
+    value_and_gramian = jaxmtl.value_and_gramian(loss, in_axes=(None, 0))
+
+    def direction(
+        rule: jax.Array, params: Params, states: tuple[State, ...], batch: Example, key: jax.Array
+    ) -> tuple[jax.Array, Params, jax.Array, State]:
+        losses, gramian, pullback = value_and_gramian(params, batch)
+
+        def weigh(i: int, states: tuple[State, ...]) -> tuple[jax.Array, tuple[State, ...]]:
+            update = aggregators[i].weighting.update
+            weights, state = update(gramian, states[i], losses=losses, key=key)
+            return weights, (*states[:i], state, *states[i + 1 :])
+
+        branches = [partial(weigh, i) for i in range(len(aggregators))]
+        weights, states = lax.switch(rule, branches, states)
+        # Of J^T w and the mean of the rows, from inner products alone.
+        along = weights @ gramian
+        similarity = cosine(along.sum(), (along @ weights) * gramian.sum())
+        return losses, pullback(weights), similarity, states
+
+    return direction
+
+
+def coordinate_direction(aggregators: Sequence[jaxmtl.Aggregator], loss: Any) -> Direction:
+    """Return a step of the one rule that needs the Jacobian itself."""
+    (aggregator,) = aggregators
+    value_and_jacobian = jaxmtl.value_and_jacobian(loss, in_axes=(None, 0))
+
+    def direction(
+        rule: jax.Array, params: Params, states: tuple[State, ...], batch: Example, key: jax.Array
+    ) -> tuple[jax.Array, Params, jax.Array, State]:
+        del rule
+        losses, jacobian = value_and_jacobian(params, batch)
+        update, state = aggregator.update(jacobian, states[0], params, losses=losses, key=key)
+        mean = jax.tree.map(lambda rows: rows.mean(axis=0), jacobian)
+        squares = optax.tree.norm(update, squared=True) * optax.tree.norm(mean, squared=True)
+        return losses, update, cosine(optax.tree.vdot(update, mean), squares), (state,)
+
+    return direction
+
+
+def programs(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the rules that share a compiled program: all with a weighting, each other alone."""
+    weighted = tuple(name for name in names if AGGREGATORS[name].make().weighting is not None)
+    return [weighted, *((name,) for name in names if name not in weighted)]
+
+
+@cache
+def make_train(
+    setting: Setting, shape: tuple[int, ...], names: tuple[str, ...]
+) -> Callable[..., Curves]:
+    """Return the compiled training of all seeds at once.
+
+    It maps the rule's place in names, and per seed a rate, a key, images and labels, to curves:
+    ``loss`` and ``cosine`` (seeds, epochs), the means over the epoch's steps; ``area`` (seeds,)
+    under the curve of the batches' mean losses, divided by the number of steps; and
+    ``final_loss`` (seeds,) on all examples after the last step.
+    """
+    height, width, channels = shape
+    architecture = ARCHITECTURES[setting.dataset]._replace(shape=(height, width, channels))
+    loss = make_loss(architecture)
+    aggregators = [AGGREGATORS[name].make() for name in names]
+    weighted = aggregators[0].weighting is not None
+    direction = (weighted_direction if weighted else coordinate_direction)(aggregators, loss)
+    optimizer = OPTIMIZERS[setting.optimizer][0]()
+    steps = setting.examples // setting.batch_size
+
+    def train(
+        rule: jax.Array, rate: jax.Array, key: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> Curves:
+        init_key, run_key = jax.random.split(key)
+        params = init(architecture, init_key)
+
+        def step(carry: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Curves]:
+            params, states, opt_state = carry
+            index, key = inputs
+            batch = images[index], labels[index]
+            losses, update, similarity, states = direction(rule, params, states, batch, key)
+            update, opt_state = optimizer.update(update, opt_state, params)
+            update = jax.tree.map(lambda u: -rate * u, update)
+            carry = jaxmtl.apply_updates(params, update), states, opt_state
+            return carry, {"loss": losses.mean(), "cosine": similarity}
+
+        def epoch(carry: Any, key: jax.Array) -> tuple[Any, Curves]:
+            order_key, step_key = jax.random.split(key)
+            order = jax.random.permutation(order_key, setting.examples)
+            order = order[: steps * setting.batch_size].reshape(steps, setting.batch_size)
+            carry, metrics = lax.scan(step, carry, (order, jax.random.split(step_key, steps)))
+            return carry, jax.tree.map(lambda x: x.mean(), metrics)
+
+        states = tuple(aggregator.init(params) for aggregator in aggregators)
+        carry = params, states, optimizer.init(params)
+        carry, curves = lax.scan(epoch, carry, jax.random.split(run_key, setting.epochs))
+        final = lax.map(lambda e: loss(carry[0], e), (images, labels), batch_size=32).mean()
+        return curves | {"area": curves["loss"].mean(), "final_loss": final}
+
+    return jax.jit(jax.vmap(train, in_axes=(None, 0, 0, 0, 0)))
+
+
+# --- the search of appendix C.1 -----------------------------------------------------------------
+
+STEP = 10 ** (1 / 3)
+COARSE = [10 ** (k / 3 - 5) for k in range(22)]
+Evaluate = Callable[[Sequence[float]], Sequence[float]]  # a rate per seed -> an area per seed
+
+
+def refined_rates(areas: dict[float, float], count: int = 50) -> list[float]:
+    """Return rates evenly spaced in the exponent around the two best of the coarse ones."""
+    low, high = sorted(sorted(areas, key=lambda rate: areas[rate])[:2])
+    return [float(r) for r in np.geomspace(low / STEP, high * STEP, count)]
+
+
+def search_fully(evaluate: Evaluate, seeds: int) -> None:
+    """Train at the 72 rates of appendix C.1, chosen for each seed on its own."""
+    areas: list[dict[float, float]] = [{} for _ in range(seeds)]
+    for rate in COARSE:
+        for found, area in zip(areas, evaluate([rate] * seeds), strict=True):
+            found[rate] = area
+    for rates in zip(*map(refined_rates, areas), strict=True):
+        evaluate(rates)
+
+
+def climb(evaluate: Callable[[float], float], start: float) -> float:
+    """Return the coarse rate of a local minimum of the area, found from ``start`` by neighbours.
+
+    It is the best coarse rate wherever the area falls and then rises with the rate.
+    """
+    area = cache(lambda k: evaluate(COARSE[k]))
+    k = round(3 * np.log10(start)) + 15
+    while True:
+        while not np.isfinite(area(k)):
+            k -= 1
+            if k < 0:
+                raise ValueError("expected a rate at which the loss stays finite, got none")
+        best = min((j for j in (k - 1, k + 1) if 0 <= j < len(COARSE)), key=area)
+        if area(best) >= area(k):
+            return COARSE[k]
+        k = best
+
+
+# --- the driver ---------------------------------------------------------------------------------
+
+
+def key_of(record: Record) -> tuple[Any, ...]:
+    """Return what tells a training from others in its file."""
+    rate = f"{record['learning_rate']:.5g}"
+    setting = tuple(sorted(record["setting"].items()))
+    return setting, record["aggregator"], record["seed"], rate
+
+
+def rounded(values: np.ndarray) -> Any:
+    """Return numbers of four digits for a results file, None where they are not finite."""
+    numbers = [float(f"{v:.4g}") if np.isfinite(v) else None for v in np.ravel(values)]
+    return numbers if values.ndim else numbers[0]
+
+
+class Trainer:
+    """Trains what a results file does not hold yet, and appends it."""
+
+    def __init__(self, results: Path, data_dir: str | None, together: int, console: Console):
+        """Read what the file holds."""
+        self.results, self.data_dir, self.together = results, data_dir, together
+        self.console = console
+        self.areas: dict[tuple[Any, ...], float] = {}
+        self.remember(read_records(results))
+
+    def remember(self, records: Sequence[Record]) -> None:
+        """Keep the areas; that of a loss that did not stay finite is infinite."""
+        for record in records:
+            area = record["area"]
+            self.areas[key_of(record)] = np.inf if area is None else area
+
+    def areas_at(
+        self, setting: Setting, aggregator: str, names: tuple[str, ...], runs: dict[int, float]
+    ) -> list[float]:
+        """Return the area under the curve for seeds and their rates."""
+        label = {"setting": asdict(setting), "aggregator": aggregator}
+        keys = [key_of(label | {"seed": s, "learning_rate": r}) for s, r in runs.items()]
+        missing = [
+            run for run, key in zip(runs.items(), keys, strict=True) if key not in self.areas
+        ]
+        for start in range(0, len(missing), self.together):
+            group = missing[start : start + self.together]
+            records = [label | run for run in self.train(setting, aggregator, names, group)]
+            append_records(self.results, records)
+            self.remember(records)
+        return [self.areas[key] for key in keys]
+
+    def train(
+        self,
+        setting: Setting,
+        aggregator: str,
+        names: tuple[str, ...],
+        group: Sequence[tuple[int, float]],
+    ) -> list[Record]:
+        """Train several seeds, each at its rate, in one call."""
+        seeds, rates = zip(*group, strict=True)
+        data = [subset(setting, self.data_dir, seed) for seed in seeds]
+        images, labels = (jnp.asarray(np.stack(a)) for a in zip(*data, strict=True))
+        shared = replace(setting, dataset=network_of(setting.dataset))  # of the compiled program
+        start = time.perf_counter()
+        curves = make_train(shared, images.shape[2:], names)(
+            names.index(aggregator),
+            jnp.asarray(rates, jnp.float32),
+            jax.vmap(jax.random.key)(jnp.asarray(seeds)),
+            images,
+            labels,
+        )
+        curves = jax.device_get(curves)
+        seconds = round((time.perf_counter() - start) / len(group), 1)
+        records = [
+            {"seed": seed, "learning_rate": float(f"{rate:.6g}"), "seconds": seconds}
+            | {name: rounded(values[i]) for name, values in curves.items()}
+            | environment()
+            for i, (seed, rate) in enumerate(group)
+        ]
+        if not self.console.is_terminal:  # a log file shows no bar
+            for r in records:
+                self.console.print(
+                    f"{self.results.stem} batch {setting.batch_size} {aggregator} seed {r['seed']} "
+                    f"rate {r['learning_rate']:.3g}: area {r['area']}, {seconds} s"
+                )
+        return records
+
+
+def search_all(
+    trainer: Trainer, setting: Setting, name: str, names: tuple[str, ...], seeds: Sequence[int]
+) -> None:
+    """Search as the paper does, for every seed."""
+
+    def areas(rates: Sequence[float]) -> list[float]:
+        return trainer.areas_at(setting, name, names, dict(zip(seeds, rates, strict=True)))
+
+    search_fully(areas, len(seeds))
+
+
+def search(
+    trainer: Trainer, setting: Setting, name: str, names: tuple[str, ...], seeds: Sequence[int]
+) -> float:
+    """Return the rate that `climb` finds for the first seed."""
+
+    def area(rate: float) -> float:
+        return trainer.areas_at(setting, name, names, {seeds[0]: rate})[0]
+
+    return climb(area, OPTIMIZERS[setting.optimizer][1] or AGGREGATORS[name].start)
+
+
+def train_part(part: Part, seeds: Sequence[int], trainer: Trainer, *, full_search: bool) -> None:
+    """Search the learning rates and train, every aggregator in every setting."""
+    columns = SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()
+    with Progress(*columns, console=trainer.console) as bars:
+        bar = bars.add_task("", total=len(part.settings) * len(part.aggregators))
+        for setting in part.settings:
+            for names in programs(part.aggregators):
+                rates = {}
+                for name in names:
+                    bars.update(bar, description=f"{trainer.results.stem} {name:<12}")
+                    if full_search:
+                        search_all(trainer, setting, name, names, seeds)
+                    else:
+                        rates[name] = search(trainer, setting, name, names, seeds)
+                    bars.advance(bar)
+                # The other seeds in turn, so that an interrupted run has as many of each rule.
+                for first in range(1, len(seeds), trainer.together):
+                    for name, rate in rates.items():
+                        runs = dict.fromkeys(seeds[first : first + trainer.together], rate)
+                        trainer.areas_at(setting, name, names, runs)
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.iwrm")
+    add = parser.add_argument
+    names = list(dict.fromkeys([*SMALL, *PAPER, "time"]))
+    add("--data-dir", help="TFDS folder; by default TFDS's own, with download")
+    add("--out", type=Path, default=Path("results"), help="folder of results and figures")
+    add("--parts", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
+    add("--seeds", type=int, default=8, help="runs 1, 2, ... of every aggregator")
+    add("--paper", action="store_true", help="the paper's image sizes, epochs and data sets")
+    add("--full-search", action="store_true", help="72 learning rates for every seed")
+    add("--together", type=int, help="seeds in one call; by default 1 on CPU, else all")
+    add("--resume", action="store_true", help="keep what the results files hold already")
+    add("--report-only", action="store_true", help="tables and figures of existing results")
+    add("--smoke", action="store_true", help="two seeds, two rules, 32 digits")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, then report."""
+    args = parse(argv)
+    console = make_console()
+    parts = SMOKE if args.smoke else PAPER if args.paper else SMALL
+    seeds = range(1, (2 if args.smoke else args.seeds) + 1)
+    together = args.together or (1 if jax.default_backend() == "cpu" else len(seeds))
+    if not args.report_only:
+        for name in args.parts or ([*parts] if args.smoke else [*parts, "time"]):
+            results = args.out / f"iwrm_{name}.jsonl"
+            if not args.resume:
+                results.unlink(missing_ok=True)
+            if name == "time":
+                rules = {rule: AGGREGATORS[rule].make() for rule in AGGREGATORS}
+                time_rules(results, rules, console)
+                continue
+            trainer = Trainer(results, args.data_dir, together, console)
+            train_part(parts[name], seeds, trainer, full_search=args.full_search)
+    report(args.out, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Tables, figures and verdicts of `experiments.iwrm`, from its results files alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments._runs import Claim, Record, judge, mean_and_error, read_records, show
+
+DATASETS = ("mnist", "fashion_mnist", "cifar10")
+FIGURES = (*(f"iwrm_{name}.png" for name in DATASETS), "iwrm_batch_size.png", "iwrm_adam.png")
+PAPER = "Quinton and Rey 2024"
+
+# Table 7: seconds per epoch on an NVIDIA L4.
+TABLE7 = {
+    "cifar10": {
+        "sgd": 0.50,
+        "mean": 1.76,
+        "mgda": 5.22,
+        "dual_proj": 1.88,
+        "pcgrad": 3.13,
+        "graddrop": 1.90,
+        "imtl_g": 1.79,
+        "cagrad": 2.26,
+        "rgw": 1.76,
+        "nash_mtl": 8.12,
+        "aligned_mtl": 1.98,
+        "upgrad": 2.01,
+    },
+    "mnist": {
+        "sgd": 0.47,
+        "mean": 1.64,
+        "mgda": 5.22,
+        "dual_proj": 1.76,
+        "pcgrad": 3.01,
+        "graddrop": 1.78,
+        "imtl_g": 1.69,
+        "cagrad": 2.17,
+        "rgw": 1.73,
+        "nash_mtl": 7.91,
+        "aligned_mtl": 1.71,
+        "upgrad": 1.90,
+    },
+}
+# Shown three at a time beside the mean and UPGrad, as the paper does for readability.
+PANELS = (
+    ("mgda", "dual_proj", "cagrad"),
+    ("pcgrad", "graddrop", "rgw"),
+    ("imtl_g", "nash_mtl", "aligned_mtl"),
+)
+COLOURS = {"mean": "black", "upgrad": "tab:red"}
+OTHERS = ("tab:blue", "tab:green", "tab:orange")
+
+Best = dict[str, list[Record]]  # of each aggregator, the record of the best rate of each seed
+
+
+def settings_in(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return the settings, in order of appearance."""
+    found: list[dict[str, Any]] = []
+    for record in records:
+        if record["setting"] not in found:
+            found.append(record["setting"])
+    return found
+
+
+def best_of(records: Sequence[Record], setting: dict[str, Any]) -> Best:
+    """Return the trainings at the rate with the least area under the loss curve, per seed."""
+    best: dict[str, dict[int, Record]] = {}
+    for record in records:
+        if record["setting"] == setting and record["area"] is not None:
+            seeds = best.setdefault(record["aggregator"], {})
+            if record["seed"] not in seeds or record["area"] < seeds[record["seed"]]["area"]:
+                seeds[record["seed"]] = record
+    return {name: [seeds[s] for s in sorted(seeds)] for name, seeds in best.items()}
+
+
+def final(best: Best, name: str) -> list[float]:
+    """Return the loss on all examples after training, per seed."""
+    return [r["final_loss"] for r in best[name]]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean."""
+    return mean_and_error(values)[0]
+
+
+def compare(best: Best, first: str, second: str) -> tuple[str, list[bool]]:
+    """Return both final losses in words, and whether loss and area are lower for the first.
+
+    The seeds that both have are compared: they share subset, initial parameters and batches.
+    """
+    by_seed = [{r["seed"]: r for r in best[name]} for name in (first, second)]
+    both = [(by_seed[0][s], by_seed[1][s]) for s in by_seed[0] if s in by_seed[1]]
+    a, b = ([pair[i]["final_loss"] for pair in both] for i in (0, 1))
+    text = f"{show(a, digits=3)} against {show(b, digits=3)}"
+    lower = [mean([p["final_loss"] - q["final_loss"] for p, q in both]) < 0]
+    lower += [mean([p["area"] - q["area"] for p, q in both]) < 0]
+    return text, lower
+
+
+def best_by_part(folder: Path) -> dict[str, list[tuple[dict[str, Any], Best]]]:
+    """Return the settings of every part and their best trainings."""
+    parts = {}
+    for name in (*DATASETS, "batch_size", "adam", "full_size"):
+        records = read_records(folder / f"iwrm_{name}.jsonl")
+        parts[name] = [(s, best_of(records, s)) for s in settings_in(records)]
+    return parts
+
+
+def title_of(setting: dict[str, Any], best: Best) -> str:
+    """Return what a table or figure shows."""
+    seeds = sorted({len(records) for records in best.values()})
+    count = "-".join(str(n) for n in (seeds if len(seeds) < 2 else (seeds[0], seeds[-1])))
+    size = f", images shrunk {setting['shrink']}x" if setting["shrink"] > 1 else ""
+    return (
+        f"IWRM on {setting['examples']} images of {setting['dataset']}{size}, "
+        f"{setting['optimizer']}, batch {setting['batch_size']}, {setting['epochs']} epochs, "
+        f"{count} seed{'s' if count != '1' else ''}"
+    )
+
+
+# --- claims -------------------------------------------------------------------------------------
+
+
+def claims(folder: Path) -> list[Claim]:
+    """Return what the paper says beside what the results say.
+
+    One aggregator is better than another if both its loss after the last epoch and the area under
+    its curve are lower, in the mean over the seeds that both have.
+    """
+    parts = best_by_part(folder)
+    found: list[Claim] = []
+    for name in (*DATASETS, "full_size"):
+        for setting, best in parts[name]:
+            found += claims_of_dataset(setting, best)
+    found += claims_of_batch_size(parts["batch_size"])
+    plain = {s["dataset"]: best for name in DATASETS for s, best in parts[name]}
+    for setting, best in parts["adam"]:
+        found += claims_of_adam(setting, best, plain.get(setting["dataset"]))
+    return found + claims_of_time(read_records(folder / "iwrm_time.jsonl"))
+
+
+def claims_of_dataset(setting: dict[str, Any], best: Best) -> list[Claim]:
+    """Return the claims of section 5 and appendix D.1."""
+    where = setting["dataset"] + ("" if setting["shrink"] > 1 else ", paper's size")
+    source = f"{PAPER}, section 5, figures 2-8"
+    found = []
+
+    def add(text: str, ours: str, conditions: Sequence[bool], source: str = source) -> None:
+        found.append(Claim(f"{where}: {text}", source, "", ours, judge(conditions)))
+
+    if {"upgrad", "mean"} <= set(best):
+        ours, lower = compare(best, "upgrad", "mean")
+        add("UPGrad converges faster than the mean (training loss)", ours, lower)
+        curve = np.mean([r["cosine"] for r in best["upgrad"]], axis=0)
+        add(
+            "UPGrad's cosine to the mean is low early and increases later",
+            f"{curve[: len(curve) // 2].min():.2f} in the first half, {curve[-1]:.2f} at the end",
+            [curve[-1] > curve[: len(curve) // 2].min()],
+        )
+    if {"dual_proj", "mean", "upgrad"} <= set(best):
+        ours, lower = compare(best, "dual_proj", "mean")
+        _, less = compare(best, "upgrad", "dual_proj")
+        add("DualProj improves on the mean, less than UPGrad", ours, [*lower, *less])
+    if {"mgda", "mean"} <= set(best):
+        ours, lower = compare(best, "mean", "mgda")
+        add("MGDA is worse than the mean (mean's loss against MGDA's)", ours, lower)
+    if len(best) == 11:
+        order = sorted(best, key=lambda name: mean(final(best, name)))
+        rank = order.index("upgrad") + 1
+        text = f"rank {rank} of 11 by final loss (first: {', '.join(order[:3])})"
+        add("UPGrad is the best or among the best three of eleven", text, [rank == 1, rank <= 3])
+        text = "; ".join(f"{n} {show(final(best, n), digits=3)}" for n in ("rgw", "graddrop"))
+        text += f"; mean {show(final(best, 'mean'), digits=3)}"
+        worse = [c for n in ("rgw", "graddrop") for c in compare(best, "mean", n)[1]]
+        add(
+            "randomness costs RGW and GradDrop training loss",
+            text,
+            worse,
+            f"{PAPER}, appendix D.1",
+        )
+        ours, lower = compare(best, "mean", "nash_mtl")
+        add(
+            "Nash-MTL disappoints (mean's loss against its), they suspect for its code",
+            ours,
+            lower,
+            f"{PAPER}, appendix D.1",
+        )
+    return found
+
+
+def gap(best: Best) -> float:
+    """Return log of the mean's loss over UPGrad's, after training, averaged over seeds."""
+    pairs = zip(final(best, "mean"), final(best, "upgrad"), strict=False)
+    return mean([float(np.log(a / b)) for a, b in pairs])
+
+
+def claims_of_batch_size(part: Sequence[tuple[dict[str, Any], Best]]) -> list[Claim]:
+    """Return the claim of appendix D.2."""
+    gaps = {s["batch_size"]: gap(best) for s, best in part if {"mean", "upgrad"} <= set(best)}
+    if len(gaps) < 2:
+        return []
+    sizes = sorted(gaps)
+    text = ", ".join(f"{np.exp(gaps[b]):.2f} at {b}" for b in sizes)
+    smallest = min(gaps, key=lambda b: abs(gaps[b]))
+    return [
+        Claim(
+            f"{part[0][0]['dataset']}: UPGrad's lead over the mean grows with the batch",
+            f"{PAPER}, appendix D.2, figure 9",
+            "very similar at 4, a gap at 64",
+            f"loss of the mean / UPGrad's: {text}",
+            judge([gaps[sizes[-1]] > gaps[sizes[0]], smallest == sizes[0]]),
+        )
+    ]
+
+
+def claims_of_adam(setting: dict[str, Any], best: Best, plain: Best | None) -> list[Claim]:
+    """Return the claims of appendix D.3."""
+    if not {"mean", "upgrad"} <= set(best):
+        return []
+    source = f"{PAPER}, appendix D.3, figure 10"
+    ours, lower = compare(best, "upgrad", "mean")
+    where = setting["dataset"]
+    found = [Claim(f"{where}, Adam: UPGrad is still better", source, "", ours, judge(lower))]
+    if plain is not None and {"mean", "upgrad"} <= set(plain):
+        text = f"{np.exp(gap(best)):.2f} with Adam, {np.exp(gap(plain)):.2f} with SGD"
+        claim = f"{where}: the gap is smaller with Adam than with SGD (mean's loss / UPGrad's)"
+        found.append(Claim(claim, source, "", text, judge([gap(best) < gap(plain)])))
+    return found
+
+
+def claims_of_time(records: Sequence[Record]) -> list[Claim]:
+    """Return the claims of table 7, as ratios to SGD."""
+    found = []
+    for network, paper in TABLE7.items():
+        ours = {r["aggregator"]: r for r in records if r["network"] == network}
+        if not ours:
+            continue
+        ratios = {name: paper[name] / paper["sgd"] for name in paper}
+        ratio = {name: ours[name]["time_ratio"] for name in ours}
+        source = f"{PAPER}, table 7"
+        others = [r for n, r in ratio.items() if n not in ("mgda", "nash_mtl", "sgd")]
+        found.append(
+            Claim(
+                f"{network} network: MGDA and Nash-MTL take the longest",
+                source,
+                ", ".join(f"{n} {ratios[n]:.1f} x SGD" for n in ("mgda", "nash_mtl")),
+                ", ".join(f"{n} {ratio[n]:.2f} x SGD" for n in ("mgda", "nash_mtl")),
+                judge(ratio[n] > max(others) for n in ("mgda", "nash_mtl")),
+            )
+        )
+        flops = ours["upgrad"]["flops_ratio"]
+        operations = "" if flops is None else f", {flops:.2f} x its operations"
+        found.append(
+            Claim(
+                f"{network} network: by the Gramian a step of UPGrad costs less than with rows",
+                f"{PAPER}, section 6 and table 7",
+                f"{ratios['upgrad']:.1f} x SGD with the Jacobian",
+                f"{ratio['upgrad']:.2f} x SGD{operations}",
+                judge([ratio["upgrad"] < ratios["upgrad"], ratio["upgrad"] < 2]),
+            )
+        )
+    return found
+
+
+# --- tables and figures -------------------------------------------------------------------------
+
+
+def make_table(setting: dict[str, Any], best: Best) -> Table:
+    """Return the table of a setting, the best aggregator first."""
+    table = Table(title=title_of(setting, best))
+    table.add_column("aggregator", no_wrap=True)
+    for header in ("final loss", "area / step", "cosine to mean", "learning rate", "seeds"):
+        table.add_column(header, justify="right")
+    for name in sorted(best, key=lambda name: mean(final(best, name))):
+        records = best[name]
+        rates = sorted({r["learning_rate"] for r in records})
+        table.add_row(
+            name,
+            show(final(best, name), digits=4),
+            show([r["area"] for r in records], digits=4),
+            show([float(np.mean(r["cosine"])) for r in records], digits=3),
+            " - ".join(f"{rate:.3g}" for rate in dict.fromkeys((rates[0], rates[-1]))),
+            str(len(records)),
+        )
+    return table
+
+
+def make_time_table(records: Sequence[Record]) -> Table:
+    """Return seconds per epoch and ratios to SGD, beside table 7."""
+    table = Table(title="One epoch of 32 steps of 32 examples; ratios to SGD, table 7 beside")
+    for header in ("network", "rule", "s per epoch", "x SGD", "operations x SGD", "paper x SGD"):
+        table.add_column(header, justify="left" if header in ("network", "rule") else "right")
+    for r in records:
+        paper = TABLE7[r["network"]]
+        table.add_row(
+            r["network"],
+            r["aggregator"],
+            f"{r['seconds_per_epoch']:.2f}",
+            f"{r['time_ratio']:.2f}",
+            "" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}",
+            f"{paper[r['aggregator']] / paper['sgd']:.2f}",
+        )
+    return table
+
+
+def curve(axis: Any, records: Sequence[Record], quantity: str, **look: Any) -> None:
+    """Draw the mean over seeds with a band of one standard error."""
+    values = np.array([r[quantity] for r in records], float)
+    epochs = np.arange(1, values.shape[1] + 1)
+    middle = values.mean(axis=0)
+    axis.plot(epochs, middle, **look)
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+        axis.fill_between(epochs, middle - error, middle + error, color=look["color"], alpha=0.15)
+
+
+def draw(path: Path, panels: Sequence[tuple[str, Best, Sequence[str]]], title: str) -> None:
+    """Save a figure with the loss above and the cosine below, one column per panel."""
+    figure = Figure(figsize=(4.2 * len(panels), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex="col", sharey="row", squeeze=False)
+    for column, (header, best, names) in enumerate(panels):
+        for name in ("mean", *names, "upgrad"):
+            if name not in best:
+                continue
+            colour = COLOURS.get(name) or OTHERS[list(names).index(name) % len(OTHERS)]
+            for axis, quantity in zip(axes[:, column], ("loss", "cosine"), strict=True):
+                width = 2.2 if name in COLOURS else 1.4
+                curve(axis, best[name], quantity, color=colour, label=name, linewidth=width)
+        axes[0, column].set_title(header, fontsize=10)
+        axes[0, column].legend(fontsize=8)
+        axes[1, column].set_xlabel("epoch")
+    axes[0, 0].set_ylabel("training loss, mean over the epoch")
+    axes[0, 0].set_yscale("log")
+    axes[1, 0].set_ylabel("cosine of update and mean gradient")
+    for axis in axes.ravel():
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def report(folder: Path, console: Console) -> None:
+    """Print the tables and draw the figures of what the folder holds."""
+    parts = best_by_part(folder)
+    times = read_records(folder / "iwrm_time.jsonl")
+    if not times and not any(parts.values()):
+        raise SystemExit(f"expected results in {folder}, got none; run without --report-only first")
+    for name, part in parts.items():
+        for setting, best in part:
+            console.print(make_table(setting, best))
+        if not part or f"iwrm_{name}.png" not in FIGURES:
+            continue
+        setting, best = part[0]
+        title = title_of(setting, best)
+        panels: list[tuple[str, Best, Sequence[str]]] = [
+            (f"batch {s['batch_size']}", b, sorted(set(b) - set(COLOURS))) for s, b in part
+        ]
+        if name in DATASETS:
+            panels = [("", best, p) for p in PANELS if set(p) & set(best)] or [("", best, ())]
+        if name == "batch_size":
+            title = title.replace(f"batch {setting['batch_size']}", "four batch sizes")
+        draw(folder / f"iwrm_{name}.png", panels, title)
+    if times:
+        console.print(make_time_table(times))
+    for claim in claims(folder):
+        console.print(f"{claim.verdict:<11} {claim.claim}: {claim.ours}")

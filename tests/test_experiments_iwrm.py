@@ -1,0 +1,272 @@
+"""Instance-wise training: the networks, the search, the steps, and a smoke run with its report."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
+
+import jaxmtl  # noqa: E402
+from experiments import iwrm, iwrm_report, iwrm_time  # noqa: E402
+from experiments._runs import VERDICTS, append_records  # noqa: E402
+from experiments.models import iwrm_networks as networks  # noqa: E402
+
+
+def linear_loss(params, example):
+    x, target = example
+    return (jnp.tanh(params["w"] @ x) @ params["v"] - target) ** 2
+
+
+def linear_problem(m=6):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"w": jax.random.normal(keys[0], (4, 5)), "v": jax.random.normal(keys[1], (4,))}
+    return params, (jax.random.normal(keys[2], (m, 5)), 3 * jax.random.normal(keys[3], (m,)))
+
+
+# --- networks
+
+
+def test_convolutions_and_maxima_are_what_xla_computes():
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (9, 8, 4))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    dense = {"w": jax.random.normal(keys[1], (3, 3, 4, 6)), "b": jnp.arange(6.0)}
+    expected = lax.conv_general_dilated(
+        x[None], dense["w"], (1, 1), "VALID", dimension_numbers=numbers
+    )
+    np.testing.assert_allclose(networks.conv(x, dense), expected[0] + dense["b"], atol=1e-4)
+    grouped = {"w": jax.random.normal(keys[2], (3, 3, 4, 2)), "b": jnp.arange(8.0)}
+    expected = lax.conv_general_dilated(
+        x[None],
+        grouped["w"].reshape(3, 3, 1, 8),
+        (1, 1),
+        "VALID",
+        dimension_numbers=numbers,
+        feature_group_count=4,
+    )
+    np.testing.assert_allclose(
+        networks.depthwise(x, grouped), expected[0] + grouped["b"], atol=1e-4
+    )
+    np.testing.assert_array_equal(networks.pool(x, 3), nn.max_pool(x, (3, 3), (3, 3)))
+
+
+# Features before the dense layers from tables 2 to 5, parameters counted by hand from them.
+@pytest.mark.parametrize(
+    ("name", "flat", "count"),
+    [
+        ("svhn", 512, 448 + 320 + 320 + 32832 + 650),
+        ("cifar10", 1024, 896 + 640 + 640 + 131200 + 1290),
+        ("eurosat", 1024, 896 + 640 + 640 + 131200 + 1290),
+        ("mnist", 576, 320 + 18496 + 36928 + 73856 + 1290),
+    ],
+)
+def test_networks_are_those_of_the_tables(name, flat, count):
+    architecture = networks.ARCHITECTURES[name]
+    params = networks.init(architecture, jax.random.key(0))
+    assert architecture.flat() == flat
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    x = jax.ShapeDtypeStruct(architecture.shape, jnp.float32)
+    assert jax.eval_shape(lambda x: networks.logits(architecture, params, x), x).shape == (10,)
+    # Uniform within 1 / sqrt(fan-in): the largest of many draws is close to the bound.
+    weights = params["dense"][0]["w"]
+    assert 0.99 < float(jnp.abs(weights).max()) * np.sqrt(flat) <= 1
+
+
+# --- the search of appendix C.1
+
+
+def test_full_search_tries_72_rates_around_the_two_best_of_each_seed():
+    tried = [[], []]
+
+    def evaluate(rates):
+        best = (0.03, 2.0)
+        areas = []
+        for seed, rate in enumerate(rates):
+            tried[seed].append(rate)
+            areas.append(abs(np.log(rate / best[seed])))
+        return areas
+
+    iwrm.search_fully(evaluate, 2)
+    assert [len(rates) for rates in tried] == [72, 72]
+    assert tried[0][0] == pytest.approx(1e-5)
+    assert tried[0][21] == pytest.approx(1e2)
+    # 0.03 lies between 10^(-5/3) and 10^(-4/3): a margin of one step beyond each.
+    fine = np.array(tried[0][22:])
+    assert (fine[0], fine[-1]) == pytest.approx((10**-2, 10**-1))
+    np.testing.assert_allclose(np.diff(np.log10(fine)), 1 / 49)
+    assert tried[1][22] == pytest.approx(10 ** (-1 / 3))
+
+
+@pytest.mark.parametrize("start", [1e-3, 0.1, 10.0])
+def test_climb_finds_the_best_coarse_rate_without_asking_twice(start):
+    asked = []
+
+    def area(rate):
+        asked.append(rate)
+        return np.inf if rate > 1 else (np.log10(rate) + 4 / 3) ** 2
+
+    assert iwrm.climb(area, start) == pytest.approx(10 ** (-4 / 3))
+    assert len(asked) == len(set(asked)) < 10
+
+
+def test_climb_says_when_nothing_trains():
+    with pytest.raises(ValueError, match="expected a rate"):
+        iwrm.climb(lambda rate: np.inf, 1e-4)
+
+
+# --- steps
+
+
+def test_the_shared_program_takes_every_rules_own_step():
+    params, batch = linear_problem()
+    (weighted, *single) = iwrm.programs(list(iwrm.AGGREGATORS))
+    assert len(weighted) == 10
+    assert single == [("graddrop",)]
+    aggregators = [iwrm.AGGREGATORS[name].make() for name in weighted]
+    states = tuple(aggregator.init(params) for aggregator in aggregators)
+    key = jax.random.key(3)
+    direction = jax.jit(iwrm.weighted_direction(aggregators, linear_loss))
+    losses, jacobian = jaxmtl.value_and_jacobian(linear_loss, in_axes=(None, 0))(params, batch)
+    rows = np.concatenate([np.asarray(x).reshape(6, -1) for x in jax.tree.leaves(jacobian)], 1)
+    for i, aggregator in enumerate(aggregators):
+        found, update, similarity, _ = direction(i, params, states, batch, key)
+        expected, _ = aggregator.update(
+            jacobian, aggregator.init(params), params, losses=losses, key=key
+        )
+        flat = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(expected)])
+        ours = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(update)])
+        np.testing.assert_allclose(ours, flat, atol=1e-3 * np.abs(flat).max(), err_msg=weighted[i])
+        mean = rows.mean(axis=0)
+        cosine = flat @ mean / np.linalg.norm(flat) / np.linalg.norm(mean)
+        np.testing.assert_allclose(similarity, cosine, atol=2e-3, err_msg=weighted[i])
+        np.testing.assert_allclose(found, losses, rtol=1e-5)
+
+
+def test_the_rule_of_coordinates_takes_its_step_and_cosine():
+    params, batch = linear_problem()
+    aggregator, key = jaxmtl.graddrop(), jax.random.key(3)
+    direction = iwrm.coordinate_direction([aggregator], linear_loss)
+    _, update, similarity, _ = direction(0, params, (aggregator.init(params),), batch, key)
+    _, jacobian = jaxmtl.value_and_jacobian(linear_loss, in_axes=(None, 0))(params, batch)
+    expected, _ = aggregator.update(jacobian, aggregator.init(params), params, key=key)
+    flat, mean = (
+        np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+        for tree in (expected, jax.tree.map(lambda rows: rows.mean(axis=0), jacobian))
+    )
+    jax.tree.map(np.testing.assert_array_equal, update, expected)
+    cosine = flat @ mean / np.linalg.norm(flat) / np.linalg.norm(mean)
+    np.testing.assert_allclose(similarity, cosine, rtol=1e-5)
+
+
+def test_timed_steps_of_the_mean_are_those_of_sgd_on_every_route():
+    params, batch = linear_problem()
+    rows = jaxmtl.Aggregator  # an aggregator by the Jacobian alone, as GradDrop's
+    mean = jaxmtl.linear_scalarization()
+    by_rows = rows(mean.init, mean.update)
+    steps = [iwrm_time.make_step(linear_loss, a)(params, batch)[0] for a in (None, mean, by_rows)]
+    assert by_rows.weighting is None
+    for step in steps[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step, steps[0])
+
+
+# --- data and the whole
+
+
+def test_subsets_differ_by_seed_and_shrinking_averages_squares():
+    setting = iwrm.Setting("digits", 1, examples=8)
+    (a, labels), (b, _) = (iwrm.subset(setting, None, seed) for seed in (1, 2))
+    assert a.shape == (8, 16, 16, 1)
+    assert not np.array_equal(a, b)
+    small, same = iwrm.subset(iwrm.Setting("digits", 1, examples=8, shrink=2), None, 1)
+    np.testing.assert_array_equal(labels, same)
+    np.testing.assert_allclose(small[0, 0, 1, 0], a[0, :2, 2:4, 0].mean(), rtol=1e-5)
+    images, _ = iwrm.load("digits", None)
+    np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-4)
+
+
+def test_smoke_run_is_resumed_reported_and_judged(tmp_path, capsys):
+    arguments = ["--smoke", "--out", str(tmp_path)]
+    iwrm.main(arguments)
+    results = tmp_path / "iwrm_mnist.jsonl"
+    lines = results.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {(r["aggregator"], r["seed"]) for r in records} == {
+        (name, seed) for name in ("mean", "upgrad") for seed in (1, 2)
+    }
+    for record in records:
+        assert len(record["loss"]) == len(record["cosine"]) == record["setting"]["epochs"]
+        np.testing.assert_allclose(record["area"], np.mean(record["loss"]), rtol=1e-3)
+        assert record["loss"][-1] < record["loss"][0]
+        if record["aggregator"] == "mean":
+            np.testing.assert_allclose(record["cosine"], 1, atol=1e-3)
+    # The search ends beside a rate that is worse on either side, or at a neighbour that is.
+    rates = {r["learning_rate"] for r in records if r["seed"] == 1}
+    assert len(rates) >= 3
+
+    results.write_text("\n".join(lines[:-2]) + "\n")
+    iwrm.main([*arguments, "--resume"])
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    timeless = [{k: v for k, v in r.items() if k != "seconds"} for r in (*records, *again)]
+    assert timeless[: len(records)] == timeless[len(records) :]
+
+    figure = tmp_path / "iwrm_mnist.png"
+    figure.unlink()
+    capsys.readouterr()
+    iwrm.main(["--report-only", "--out", str(tmp_path)])
+    assert figure.stat().st_size > 10_000
+    assert "upgrad" in capsys.readouterr().out
+    found = iwrm.claims(tmp_path)
+    assert found
+    assert all(claim.verdict in VERDICTS for claim in found)
+
+
+def test_report_without_results_says_what_is_missing(tmp_path):
+    with pytest.raises(SystemExit, match="expected results in"):
+        iwrm.main(["--report-only", "--out", str(tmp_path)])
+
+
+def record_of(aggregator, seed, final, area, batch_size=32):
+    setting = {"dataset": "mnist", "epochs": 2, "batch_size": batch_size, "optimizer": "sgd"}
+    return {
+        "setting": setting | {"shrink": 2, "examples": 1024},
+        "aggregator": aggregator,
+        "seed": seed,
+        "learning_rate": 0.1 * area,
+        "loss": [2 * area, final],
+        "cosine": [0.5, 0.8],
+        "area": area,
+        "final_loss": final,
+    }
+
+
+def test_verdicts_follow_the_records_at_the_best_rate_of_each_seed(tmp_path):
+    def verdicts(upgrad_final, upgrad_area):
+        folder = tmp_path / f"{upgrad_final}-{upgrad_area}"
+        records = [record_of("mean", seed, 0.5, 1.0) for seed in (1, 2)]
+        records += [record_of("mean", 1, 0.1, 1.5)]  # a worse rate: its end does not count
+        records += [record_of("upgrad", seed, upgrad_final, upgrad_area) for seed in (1, 2)]
+        append_records(folder / "iwrm_mnist.jsonl", records)
+        return [c.verdict for c in iwrm_report.claims(folder) if "faster" in c.claim]
+
+    assert verdicts(0.4, 0.9) == ["reproduced"]
+    assert verdicts(0.4, 1.1) == ["partly"]
+    assert verdicts(0.6, 1.1) == ["not"]
+
+
+def test_the_lead_must_grow_with_the_batch(tmp_path):
+    def verdict(*leads):
+        folder = tmp_path / str(leads)
+        for batch_size, lead in zip((4, 16, 64), leads, strict=True):
+            records = [record_of("mean", 1, 0.5, 1.0, batch_size)]
+            records += [record_of("upgrad", 1, 0.5 / lead, 0.9, batch_size)]
+            append_records(folder / "iwrm_batch_size.jsonl", records)
+        (claim,) = iwrm_report.claims(folder)
+        return claim.verdict
+
+    assert verdict(1.05, 1.5, 2.0) == "reproduced"
+    assert verdict(1.5, 1.01, 2.0) == "partly"
+    assert verdict(2.0, 1.5, 0.9) == "not"
