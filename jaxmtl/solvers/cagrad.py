@@ -34,6 +34,11 @@ def worst_improvement(
     Returns:
       `Solution` with the weights (m,) of d, ``d = J^T value``; the residual is the larger
       of the inner KKT residual and the relative error of the radius.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.solvers import worst_improvement
+    >>> print(*worst_improvement(4 * jnp.eye(2), 0.5, jnp.array([0.5, 0.5])).value)
+    0.75 0.75
     """
     m, dtype = gramian.shape[0], gramian.dtype
     eps = jnp.finfo(dtype).eps

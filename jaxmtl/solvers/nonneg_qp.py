@@ -84,6 +84,11 @@ def nonneg_qp(
 
     Returns:
       `Solution` with value (k, m) and residual (k,).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.solvers import nonneg_qp
+    >>> print(*nonneg_qp(jnp.eye(2), jnp.array([[2.0, -1.0]])).value[0])
+    2.0 0.0
     """
     m, dtype = matrix.shape[0], matrix.dtype
     eps = jnp.finfo(dtype).eps

@@ -39,8 +39,8 @@ def min_norm(gramian: jax.Array, mask: jax.Array | None = None) -> Solution:
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl.solvers import min_norm
-    >>> print(min_norm(jnp.diag(jnp.array([1.0, 3.0]))).value.round(3))
-    [0.75 0.25]
+    >>> print(*min_norm(jnp.diag(jnp.array([1.0, 3.0]))).value)
+    0.75 0.25
     """
     m = gramian.shape[0]
     mask = jnp.ones((m,), bool) if mask is None else mask
@@ -96,6 +96,13 @@ def project_simplex(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Projects ``x`` (m,) onto the probability simplex of the tasks in ``mask``.
 
     Exact, by sorting (Held, Wolfe and Crowder 1974).
+
+    Args:
+      x: (m,), of floating point.
+      mask: (m,) bool, False for tasks that do not take part; all do if None.
+
+    Returns:
+      (m,) of sum 1, non-negative, zero where ``mask`` is False.
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl.solvers import project_simplex
