@@ -105,8 +105,8 @@ def fairgrad(
     >>> import jax.numpy as jnp, jaxmtl
     >>> params, jacobian = jnp.zeros(2), jnp.array([[4.0, 0.0], [0.0, 1.0]])
     >>> aggregator = jaxmtl.fairgrad(2.0)
-    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
-    [0.62996 1.     ]
+    >>> print(*aggregator.update(jacobian, aggregator.init(params), params)[0])
+    0.62996 1.0
     """
     base.check_range("alpha", alpha, 0)
     if max_norm is not None:
