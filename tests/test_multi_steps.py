@@ -238,25 +238,26 @@ def test_a_schedule_changes_the_number_of_micro_batches():
     np.testing.assert_array_equal(moved, [1, 0, 1, 0, 0, 1])
 
 
-def test_low_precision_accumulates_in_float32_and_works_under_vmap():
-    """257 is no bfloat16: a sum kept in it would stay at 256."""
-    tx = jaxmtl.multi_steps(jaxmtl.linear_scalarization(), 257, num_tasks=2)
+def test_low_precision_is_averaged_in_float32_also_under_vmap():
+    """The mean of 1 and 1 + 2^-7, neighbours in bfloat16, is none of them."""
+    first_row = optax.GradientTransformation(
+        optax.init_empty_state, lambda rows, state, params=None: (rows[0], state)
+    )
+    tx = jaxmtl.multi_steps(first_row, 2, num_tasks=2)
     params = jnp.zeros(2, jnp.bfloat16)
 
-    def run(row):
+    def run(scale):
         def step(state, x):
             updates, state = tx.update(jnp.full((2, 2), x), state, params)
             return state, updates
 
-        values = jnp.full(257, row, jnp.bfloat16).at[0].set(257 * row)
+        values = scale * jnp.array([1, 1 + 2**-7], jnp.bfloat16)
         state, updates = jax.lax.scan(step, tx.init(params), values)
         return state, updates[-1]
 
     state, updates = jax.jit(jax.vmap(run))(jnp.array([1.0, 2.0], jnp.bfloat16))
-    assert updates.dtype == jnp.bfloat16
-    assert jax.tree.leaves(state.rows.value)[0].dtype == jnp.float32
-    mean = (256 + 256) / 257  # 257 itself rounds to 256 on the way in
-    np.testing.assert_allclose(np.asarray(updates[:, 0], float), [mean, 2 * mean], rtol=2**-8)
+    assert state.rows.value.dtype == jnp.float32
+    np.testing.assert_array_equal(updates, np.array([1.0, 2.0])[:, None] * (1 + 2**-8) * [1, 1])
 
 
 def test_declared_inputs_are_averaged_and_others_passed_last():

@@ -120,7 +120,8 @@ def multi_steps(
     which belong to other batches with other masks, a non-finite entry means not known and is left
     out.
     The mean of cross-Gramians is as unbiased as each, but is not the cross-Gramian of the
-    concatenated batches. The accumulators take m parameters' memory in at least float32.
+    concatenated batches. The accumulators take m parameters' memory in at least float32, in which
+    ``inner`` sees the mean.
 
     Without the Jacobian there is nothing to accumulate: the Gramian of the mean rows is not a mean
     of Gramians. Let the losses function loop over the micro-batches instead, as
@@ -220,9 +221,8 @@ def multi_steps(
                 passed["previous_batch_losses"] = jnp.where(seen > 0, value, jnp.nan)
             if task_mask is not None:
                 passed["task_mask"] = new_rows.seen > 0
-            mean_rows = jax.tree.map(lambda x, g: x.astype(g.dtype), new_rows.value, rows)
             old = state.inner.inner if counted else state.inner
-            result, new = chain.update(mean_rows, old, params, **passed, **last)
+            result, new = chain.update(new_rows.value, old, params, **passed, **last)
             base.check_updates(params, result)
             new = state.inner._replace(inner=new) if counted else new
             return result, jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, state.inner)
