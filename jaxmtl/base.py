@@ -490,7 +490,7 @@ def from_rule(rule: Rule) -> Aggregator:
         if not jax.tree.leaves(jacobian) and params is not None:
             return jacobian, state  # the empty group of a partition
         m = check_jacobian(jacobian, params, m_logged)
-        jacobian = remove_absent(jacobian, extra.get("task_mask"), m)
+        jacobian = remove_absent(widen(jacobian, params), extra.get("task_mask"), m)
         # A rule that does not read the Gramian takes the number of tasks and the dtype from it.
         gramian = jnp.zeros((m, m), linalg.accumulation_dtype(jacobian))
         log2_scale: jax.Array | int = 0
@@ -502,7 +502,7 @@ def from_rule(rule: Rule) -> Aggregator:
         combined = linalg.combine(jacobian, weights)
         if "gramian" in rule.reads:
             combined = linalg.without_rounding(combined, jacobian, weights)
-        return guard_update(combined, new, state)
+        return guard_update(in_dtypes_of(params, combined), new, state)
 
     return Aggregator(lambda params: init(), update_from_rows, weighting)
 
@@ -534,6 +534,20 @@ def remove_absent(jacobian: Jacobian, task_mask: Any, m: int) -> Jacobian:
         return jacobian
     mask = _check_mask(task_mask, m)
     return jax.tree.map(lambda x: jnp.where(linalg.column(mask, x), x, jnp.zeros_like(x)), jacobian)
+
+
+def widen(jacobian: Jacobian, params: PyTree) -> Jacobian:
+    """Returns the rows in dtypes no narrower than the parameters', so that updates are not."""
+
+    def leaf(x: jax.Array, p: jax.Array) -> jax.Array:
+        return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.result_type(p)))
+
+    return jax.tree.map(leaf, jacobian, params)
+
+
+def in_dtypes_of(params: PyTree, update: PyTree) -> PyTree:
+    """Returns the update in the dtypes of the parameters, lest an optimizer's state change its."""
+    return jax.tree.map(lambda p, x: x.astype(jnp.result_type(p)), params, update)
 
 
 def from_rows(
@@ -579,7 +593,7 @@ def from_rows(
                     f"pass {name} as a keyword"
                 )
         mask = _check_mask(task_mask, m)
-        jacobian = remove_absent(jacobian, task_mask, m)
+        jacobian = remove_absent(widen(jacobian, params), task_mask, m)
         if extra.get("losses") is not None:
             losses = _check_per_task("losses", extra["losses"], m)
             extra["losses"] = jnp.where(mask, losses, jnp.ones_like(losses))
@@ -589,7 +603,7 @@ def from_rows(
         inner = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), inner, state.inner)
         result = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), result)
         new = skip_unless(ok, state._replace(inner=inner), state)
-        return guard_update(result, new, state)
+        return guard_update(in_dtypes_of(params, result), new, state)
 
     return Aggregator(init_fn, update, None)
 

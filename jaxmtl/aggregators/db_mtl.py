@@ -64,7 +64,8 @@ def db_mtl(
     ) -> tuple[Any, TrackState]:
         dtype = linalg.accumulation_dtype(jacobian, losses)
         shifted, active = positive_part(losses.astype(dtype) + SHIFT)
-        log_rows = linalg.times_rows(jnp.where(active, 1 / shifted, 0), jacobian)
+        wide = linalg.accumulable(jacobian)
+        log_rows = linalg.times_rows(jnp.where(active, 1 / shifted, 0), wide)
         new = track(state, log_rows, rate, task_mask)
         norms = jnp.where(task_mask, linalg.row_norms(new.tracked), 0)
         factors = jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)

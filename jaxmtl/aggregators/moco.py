@@ -110,7 +110,7 @@ def moco(
         factors = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
         if losses is not None and normalise == "norm_loss":
             factors = factors * losses.astype(factors.dtype)
-        return linalg.times_rows(factors, jacobian)
+        return linalg.times_rows(factors, linalg.accumulable(jacobian))
 
     def aggregate(
         jacobian: Any,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmtl import base
+from jaxmtl import base, linalg
 from jaxmtl.balancing.dwa import check_steps_per_epoch
 from jaxmtl.balancing.losses import (
     LearnedState,
@@ -308,7 +308,7 @@ def ldc_mtl(
         state: Any, losses: jax.Array, features: Any, task_mask: jax.Array | None = None
     ) -> jax.Array:
         mask = mask_or_all(task_mask)
-        losses = lax.stop_gradient(jnp.where(mask, losses, 1))
+        losses = linalg.accumulable(lax.stop_gradient(jnp.where(mask, losses, 1)))
         baseline, _ = baseline_of(state.inner, losses, mask)
 
         def of(features: jax.Array) -> jax.Array:

@@ -42,11 +42,7 @@ def rate_at(schedule: Schedule, step: jax.Array) -> jax.Array:
 
 def init_tracking(params: PyTree, num_tasks: int) -> TrackState:
     """Returns y = 0."""
-
-    def zeros(x: jax.Array) -> jax.Array:
-        return jnp.zeros((num_tasks, *jnp.shape(x)), linalg.accumulation_dtype(x))
-
-    tracked = jax.tree.map(zeros, params)
+    tracked = linalg.zero_rows(params, num_tasks)
     return TrackState(jnp.zeros((), jnp.int32), tracked, jnp.zeros((num_tasks,), bool))
 
 
@@ -110,7 +106,8 @@ def track_gradients(
       max_norm: C, positive, one number or (m,); no projection if None.
 
     Returns:
-      A transformation of leaves ``(m, *leaf.shape)``, dtypes kept, with a `TrackState`. At a step
+      A transformation of leaves ``(m, *leaf.shape)``, in dtypes no narrower than those of the
+      parameters, with a `TrackState`. At a step
       with a non-finite gradient the state is kept and the rows become NaN, for the aggregator
       to skip and count. Absent tasks keep their y.
 
@@ -146,6 +143,7 @@ def track_gradients(
         if not jax.tree.leaves(updates) and params is not None:
             return updates, state
         base.check_jacobian(updates, params, m)
+        updates = base.widen(updates, params)
         rows = base.remove_absent(updates, task_mask, m)
         mask = jnp.ones((m,), bool) if task_mask is None else jnp.asarray(task_mask)
         new = track(state, rows, beta, mask, initial=initial, max_norm=bound)
