@@ -95,7 +95,9 @@ def fairgrad(
 
     **Properties**: non-conflicting for alpha > 0, weighted, permutation-equivariant; of degree
     ``(1 - alpha) / (1 + alpha)`` in J; not linear under scaling. Zero rows have weight 0 for
-    alpha > 0; Pareto-stationary points as for `nash_mtl`.
+    alpha > 0; Pareto-stationary points as for `nash_mtl`. The weights grow as ``|g|^(-2 alpha /
+    (1 + alpha))``: where they leave the format (float32, alpha = 2: rows below 2^-90) the step is
+    skipped.
 
     **Reference**: Ban and Ji 2024, eq. 6.
 
