@@ -25,6 +25,8 @@ CENSUS_TASKS = ("income", "never married")
 YEAST_TRAIN = 1_500  # rows of the first users' training set
 YEAST_TASKS = tuple(f"class {i}" for i in range(1, 15))
 
+TASKS = {"yeast": YEAST_TASKS, "census": CENSUS_TASKS}
+
 
 class Table(NamedTuple):
     """Rows of a table."""
