@@ -62,13 +62,15 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 def explicit_sharding(aval: Any, lead: int = 0) -> NamedSharding | None:
-    """Returns how explicit axes split a type, or None where they do not.
-
-    ``lead`` is the number of whole axes to put in front, or, negative, of axes to drop there.
-    """
-    mesh, spec = aval.sharding.mesh, (*(None,) * lead, *aval.sharding.spec)[max(-lead, 0) :]
+    """Returns how explicit axes split a type, with ``lead`` whole axes put in front; else None."""
+    mesh, spec = aval.sharding.mesh, aval.sharding.spec
     split = not mesh.empty and any(axis is not None for axis in spec)
-    return NamedSharding(mesh, PartitionSpec(*spec)) if split else None
+    return NamedSharding(mesh, PartitionSpec(*(None,) * lead, *spec)) if split else None
+
+
+def _row_sharding(rows: jax.Array) -> NamedSharding | None:
+    sharding = explicit_sharding(jax.typeof(rows))
+    return sharding and NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def zero_rows(params: PyTree, m: int) -> PyTree:
@@ -83,8 +85,7 @@ def zero_rows(params: PyTree, m: int) -> PyTree:
 
 def uniform_like_row(key: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Draws numbers in [0, 1) in the shape of one row; each device draws its part alone."""
-    sharding = explicit_sharding(jax.typeof(rows), lead=-1)
-    return jax.random.uniform(key, rows.shape[1:], dtype, out_sharding=sharding)
+    return jax.random.uniform(key, rows.shape[1:], dtype, out_sharding=_row_sharding(rows))
 
 
 def units(losses: jax.Array) -> jax.Array:
@@ -222,18 +223,19 @@ def combine(jacobian: PyTree, weights: jax.Array) -> PyTree:
             f"got {jnp.shape(weights)}; pass one weight per task"
         )
     dtype = accumulation_dtype(jacobian, weights)
+    return jax.tree.map(lambda x: sum_of_rows(weights, x, dtype).astype(x.dtype), jacobian)
 
-    def leaf(x: jax.Array) -> jax.Array:
-        total = lax.dot_general(
-            weights.astype(dtype),
-            x.astype(dtype),
-            (((0,), (0,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-        )
-        return total.astype(x.dtype)
 
-    return jax.tree.map(leaf, jacobian)
+def sum_of_rows(weights: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the sum of rows (m, *s) with weights (m,), split over devices as one row is."""
+    return lax.dot_general(
+        weights.astype(dtype),
+        rows.astype(dtype),
+        (((0,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+        out_sharding=_row_sharding(rows),
+    )
 
 
 def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -263,6 +265,7 @@ def _row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Arra
         if x.size:
             axes = tuple(range(1, x.ndim))
             largest = jnp.maximum(largest, jnp.max(jnp.abs(x), axis=axes).astype(dtype))
+    largest = whole(largest)
     return largest > 0, jnp.frexp(largest)[1]
 
 
@@ -284,7 +287,7 @@ def row_norms(jacobian: PyTree) -> jax.Array:
     total = jnp.zeros((m,), dtype)
     for x in jax.tree.leaves(_scale_rows(jacobian, -exponent, dtype)):
         total = total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
-    return ldexp(jnp.sqrt(total), exponent)
+    return ldexp(jnp.sqrt(whole(total)), exponent)
 
 
 def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -96,7 +96,7 @@ def excess_mtl(
             return jnp.sum(terms, axis=tuple(range(1, s.ndim)))
 
         parts = jax.tree.leaves(jax.tree.map(excess, squares, jacobian))
-        risk = functools.reduce(jnp.add, parts)
+        risk = linalg.whole(functools.reduce(jnp.add, parts))
         warming = state.seen < max(warmup_steps, 1)
         baseline = state.baseline + jnp.where(warming & task_mask, risk, 0)
         moves = state.seen >= warmup_steps

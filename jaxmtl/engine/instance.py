@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl import linalg
 from jaxmtl.engine import conv, execute, factors, gather, views
 from jaxmtl.engine.build import build
 from jaxmtl.engine.factors import Structure
@@ -227,11 +228,11 @@ def weighted_gradient(
             continue
         if i in kept and group.method == "rows":
             value = group.values[0]
-            add(value, _combine(weights, kept[i], dtype).astype(value.aval.dtype))
+            add(value, linalg.sum_of_rows(weights, kept[i], dtype).astype(value.aval.dtype))
         elif i in kept:
             for leaf, rows in kept[i].items():
                 # Groups of disjoint slices of one leaf each have rows of the whole leaf.
-                grad = _combine(weights, rows, dtype)
+                grad = linalg.sum_of_rows(weights, rows, dtype)
                 from_rows[leaf] = from_rows[leaf] + grad if leaf in from_rows else grad
         else:
             for use in group.uses:
@@ -243,10 +244,6 @@ def weighted_gradient(
     for leaf, grad in from_rows.items():
         grads[leaf] = grads[leaf] + grad.astype(grads[leaf].dtype)
     return grads
-
-
-def _combine(weights: Array, rows: Array, dtype: Any) -> Array:
-    return factors.product(weights, rows, ((0,), (0,)), ((), ()), dtype)
 
 
 def _weighted_use(done: Pass, env: execute.Env, use: Use, weights: Array) -> list[Array]:

@@ -118,10 +118,9 @@ def multi_steps(
     non-finite value, in a row or an averaged input, leaves no trace but one more in every
     ``mtl_skipped`` of the state; the step then waits for another. In ``previous_batch_losses``,
     which belong to other batches with other masks, a non-finite entry means not known and is left
-    out.
-    The mean of cross-Gramians is as unbiased as each, but is not the cross-Gramian of the
-    concatenated batches. The accumulators take m parameters' memory in at least float32, in which
-    ``inner`` sees the mean.
+    out. The mean of cross-Gramians is as unbiased as each, but is not the cross-Gramian of the
+    concatenated batches. The accumulators take m times the parameters' memory in at least float32,
+    in which ``inner`` sees the mean.
 
     Without the Jacobian there is nothing to accumulate: the Gramian of the mean rows is not a mean
     of Gramians. Let the losses function loop over the micro-batches instead, as
@@ -137,9 +136,9 @@ def multi_steps(
     >>> for scale in (0.0, 2.0):
     ...     jacobian = jnp.diag(jnp.array([scale, 3.0]))
     ...     updates, state = tx.update(jacobian, state, params)
-    ...     print(updates, state.mini_step)
-    [0. 0.] 1
-    [-0.9 -0.3] 0
+    ...     print(*updates, state.mini_step)
+    0.0 0.0 1
+    -0.9 -0.3 0
     """
     base.check_num_tasks(num_tasks, required_by="multi_steps")
     m = num_tasks or 1
@@ -206,15 +205,15 @@ def multi_steps(
             valid["previous_batch_losses"] = jnp.isfinite(inputs["previous_batch_losses"])
         inputs = {name: jnp.where(valid[name], x, 0) for name, x in inputs.items()}
 
-        ok = linalg.all_finite((rows, inputs))
         new_rows = _accumulate(state.rows, rows, mask)
         means = {
             name: _accumulate(state.inputs[name], x, valid[name]) for name, x in inputs.items()
         }
+        ok = linalg.all_finite((new_rows, means))  # not finite where a new value is not
         new_inputs = state.inputs | means
         counted = isinstance(state.inner, CountedState)
 
-        def step() -> tuple[PyTree, PyTree]:
+        def step(params: PyTree) -> tuple[PyTree, PyTree]:
             passed = {name: mean.value for name, mean in means.items()}
             if "previous_batch_losses" in means:
                 value, seen = means["previous_batch_losses"]
@@ -227,14 +226,14 @@ def multi_steps(
             new = state.inner._replace(inner=new) if counted else new
             return result, jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, state.inner)
 
-        def hold() -> tuple[PyTree, PyTree]:
+        def hold(params: PyTree) -> tuple[PyTree, PyTree]:
             zeros = jax.tree.map(lambda x, like: jnp.zeros_like(x, like.dtype), params, result)
             return zeros, state.inner
 
-        result, _ = jax.eval_shape(step)
+        result, _ = jax.eval_shape(step, params)
         period = jnp.maximum(k(state.gradient_step), 1) if callable(k) else k
         emit = ok & (state.mini_step + 1 >= period)
-        result, new_inner = lax.cond(emit, step, hold)
+        result, new_inner = lax.cond(emit, step, hold, params)
         accumulated = jax.tree.map(
             lambda x: jnp.where(emit, jnp.zeros_like(x), x),
             (state.mini_step + 1, new_rows, new_inputs),
