@@ -183,6 +183,20 @@ def test_a_non_finite_micro_batch_leaves_no_trace_but_a_count(where, x64):
     assert np.any(updates["w"])
 
 
+def test_accumulators_never_overflow():
+    """Finite rows whose difference is not."""
+    tx = jaxmtl.multi_steps(jaxmtl.rgw(num_tasks=2), 2, num_tasks=2)
+    params, update = jnp.zeros(2), jax.jit(tx.update)
+    _, first = update(jnp.full((2, 2), 3e38), tx.init(params), params)
+    updates, second = update(jnp.full((2, 2), -3e38), first, params)
+    assert not np.any(updates)
+    assert optax.tree.get(second, "mtl_skipped") == 1
+    chex.assert_trees_all_equal(second.rows, first.rows)
+    _, third = update(jnp.full((2, 2), 1e38), second, params)
+    chex.assert_tree_all_finite(third)
+    assert third.gradient_step == 1
+
+
 def test_losses_of_previous_batches_may_be_unknown(x64):
     """Non-finite where the task was absent; FAMO ignores all at its first step."""
     tx, step, _ = famo_step(True, 2)
