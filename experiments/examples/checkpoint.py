@@ -131,7 +131,8 @@ def shardings(run: Run, mesh: Mesh) -> Run:
         axes = ["data" if size == FEATURES else None for size in x.shape]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree.map(leaf, run)
+    places: Run = jax.tree.map(leaf, run)
+    return places
 
 
 def train(rule: str, folder: Path, num_steps: int) -> tuple[Run, int]:
