@@ -1,5 +1,10 @@
 """The four examples train one model alike, by name; losses by name are never stacked silently."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +26,7 @@ from experiments.examples import (
 from experiments.examples._named import by_task, stack_losses
 from experiments.examples._problem import Batch
 
+ROOT = Path(__file__).parents[1]
 TASKS = _problem.TASKS
 STEPS, SEEDS = 12, 2
 TRAIN = {
@@ -136,3 +142,63 @@ def test_one_example_with_named_losses_is_refused():
         jaxmtl.value_and_jacobian(lambda p, x: {"left": x * p.sum()}, in_axes=(None, 0))(
             jnp.ones(2), jnp.ones(3)
         )
+
+
+# --- types --------------------------------------------------------------------------------------
+
+USER_CODE = """
+import jax
+import jax.numpy as jnp
+import optax
+import jaxmtl
+
+Params = dict[str, jax.Array]
+
+def losses_fn(params: Params, batch: jax.Array) -> jax.Array:
+    return jnp.mean((batch @ params["w"]) ** 2, axis=0)
+
+optimizer = optax.chain(jaxmtl.upgrad(), optax.adam(1e-3))
+aggregator: jaxmtl.Aggregator = jaxmtl.cagrad(0.5, num_tasks=2)
+weighting: jaxmtl.Weighting = aggregator.weighting
+
+def step(params: Params, state: optax.OptState, batch: jax.Array) -> tuple[Params, optax.OptState]:
+    losses, jacobian = jaxmtl.value_and_jacobian(losses_fn)(params, batch)
+    updates, state = optimizer.update(jacobian, state, params, losses=losses)
+    return jaxmtl.apply_updates(params, updates), state
+
+def without_jacobian(params: Params, state: optax.OptState, batch: jax.Array) -> Params:
+    (losses, state), grads = jaxmtl.value_and_grad(losses_fn, aggregator)(params, state, batch)
+    losses, gramian, pullback = jaxmtl.value_and_gramian(losses_fn)(params, batch)
+    weights, state = weighting.update(gramian, state, losses=losses)
+    total: jax.Array = weights.sum()
+    return pullback(weights / total)
+
+jaxmtl.cagrad("0.5")  # error: arg-type
+jaxmtl.upgrad(2)  # error: call-arg arg-type
+jaxmtl.upgrad(tasks=2)  # error: call-arg
+jaxmtl.krum(num_byzantine=1.5)  # error: arg-type
+jaxmtl.famo(num_tasks="2")  # error: arg-type
+jaxmtl.every_k(jaxmtl.mgda, 2)  # error: arg-type
+jaxmtl.value_and_grad(losses_fn, jaxmtl.mgda)  # error: arg-type
+jaxmtl.value_and_jacobian(3)  # error: arg-type
+jaxmtl.upgrad().weighting.solve()  # error: attr-defined
+wrong: int = weighting.update(None, None)  # error: assignment
+jaxmtl.pcgard()  # error: attr-defined
+"""
+
+
+def test_a_type_checker_passes_right_code_and_finds_every_mistake(tmp_path):
+    pytest.importorskip("mypy", reason="the extra `lint` is not installed")
+    file = tmp_path / "user_code.py"
+    file.write_text(USER_CODE)
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(file)]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+    found = {}
+    for line, code in re.findall(r"user_code\.py:(\d+): error: .*\[([a-z-]+)\]$", printed, re.M):
+        found.setdefault(int(line), set()).add(code)
+    expected = {
+        number: set(line.partition("# error: ")[2].split())
+        for number, line in enumerate(USER_CODE.splitlines(), 1)
+        if "# error: " in line
+    }
+    assert found == expected, printed

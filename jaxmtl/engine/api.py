@@ -85,7 +85,7 @@ def value_and_gramian(
 
 def value_and_grad(
     losses_fn: Callable[..., Any],
-    aggregator: Any,
+    aggregator: base.Aggregator,
     *,
     in_axes: Any = None,
     encoder: Callable[..., Any] | None = None,
