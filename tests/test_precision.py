@@ -1,5 +1,8 @@
 """Mixed precision: narrow rows and losses, wide Gramians, weights and states; loss scaling."""
 
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 import jaxmtl
+from experiments.examples import mixed_precision as example
 from tests.methods import BY_NAME, INPUTS, METHODS
 
 NAMES = [method.name for method in METHODS]
@@ -19,9 +23,9 @@ pytestmark = pytest.mark.xdist_group("precision")
 
 
 @pytest.fixture(autouse=True)
-def eager(request):
+def eager():
     """Op by op: compiling each rule once per dtype and route would take most of the time."""
-    with jax.disable_jit("compiled" not in request.keywords):
+    with jax.disable_jit():
         yield
 
 
@@ -250,3 +254,78 @@ def test_the_gradient_of_features_is_taken_in_float32():
     assert_same(
         gradient(state, losses, features), gradient(state, losses.astype(jnp.float32), features)
     )
+
+
+@functools.cache
+def trained(log2, dtype, dynamic):
+    with jax.disable_jit(False):
+        train = functools.partial(example.train, dtype=dtype, dynamic=dynamic)
+        return jax.jit(train)(example.make_data(), example.start_scale(log2))
+
+
+def test_the_loss_scale_follows_the_overflows():
+    log = trained(24, jnp.float16, True)
+    overflow = np.diff(np.asarray(log.skipped), prepend=0) > 0
+    assert 0 < overflow.sum() < example.STEPS / 4
+    assert np.all(log.weights[0] == 0)  # those of no step at all: the first one overflows
+    good, scale = 0, 2.0**24
+    for step in range(example.STEPS):
+        assert log.scale[step] == scale
+        good = 0 if overflow[step] else good + 1
+        if overflow[step] or good == example.PATIENCE:
+            scale *= 0.5 if overflow[step] else 2
+            good = 0
+    assert np.all(np.isfinite(log.losses))
+    assert np.all(log.losses[-1] < 0.05 * log.losses[0])
+    # A skipped step moves nothing, whatever momentum Adam has.
+    after = np.flatnonzero(overflow[:-1]) + 1
+    np.testing.assert_array_equal(log.losses[after], log.losses[after - 1])
+
+
+def test_a_static_loss_scale_changes_no_bit():
+    """In bfloat16, whose range is that of float32, of the weights and of the whole run."""
+    log, scaled = (trained(log2, jnp.bfloat16, False) for log2 in (0, 10))
+    np.testing.assert_array_equal(scaled.weights, log.weights)
+    np.testing.assert_array_equal(scaled.losses, log.losses)
+    assert log.skipped[-1] == scaled.skipped[-1] == 0
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_mixed_precision_trains_as_float32_does(dtype):
+    narrow, wide = trained(8, dtype, False), trained(8, jnp.float32, False)
+    eps = float(jnp.finfo(dtype).eps)
+    # At the start the rows differ by the rounding of a network; then the runs drift apart.
+    np.testing.assert_allclose(narrow.losses[0], wide.losses[0], rtol=8 * eps)
+    np.testing.assert_allclose(narrow.weights[0], wide.weights[0], atol=64 * eps)
+    np.testing.assert_allclose(narrow.losses[-1], wide.losses[-1], atol=4 * eps)
+
+
+def test_the_example_runs_as_a_program(capsys):
+    with jax.disable_jit(False):
+        example.main()
+    assert "loss scale 2^24 -> 2^" in capsys.readouterr().out
+
+
+def test_the_listing_of_the_readme():
+    """It halves the scale until the rows fit and then learns, from float32 parameters."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme.split("## Mixed precision\n")[1].split("\n## ")[0]
+    code = section.split("```python\n")[1].split("```")[0]
+
+    def losses_fn(params, batch):
+        return jnp.mean((params - batch.astype(params.dtype)) ** 2, axis=1)
+
+    adam, aggregator = optax.adam(0.1), jaxmtl.upgrad(num_tasks=2)
+    scope = {"jax": jax, "jnp": jnp, "jaxmtl": jaxmtl, "adam": adam, "aggregator": aggregator}
+    scope["losses_fn"] = losses_fn
+    exec(code, scope)
+    params, batch, scale = jnp.full(4, 3.0), jnp.array([[0.0], [1.0]]), jnp.float32(2.0**20)
+    state, opt_state = aggregator.init(params), adam.init(params)
+    with jax.disable_jit(False):
+        for _ in range(60):
+            params, state, opt_state, scale = scope["step"](params, state, opt_state, scale, batch)
+    skipped = int(state.mtl_skipped)
+    assert 0 < skipped < 10
+    assert float(scale) == 2.0 ** (20 - skipped)
+    assert params.dtype == jnp.float32
+    assert np.all((params > -0.2) & (params < 1.2))
