@@ -63,8 +63,8 @@ def time_rules(
     rules: Mapping[str, Any],
     console: Console,
     *,
-    networks: tuple[str, ...] = ("mnist", "cifar10"),
-    seconds: float = 5.0,
+    networks: tuple[str, ...] = ("mnist",),
+    seconds: float = 3.0,
 ) -> None:
     """Append the times of SGD and of every rule on networks that the file does not hold yet."""
     done = {record["network"] for record in read_records(results)}
