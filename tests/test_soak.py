@@ -55,17 +55,17 @@ def row_events(m):
     return np.stack([*events, np.full((m, SIZE), np.nan)]).astype(np.float32)
 
 
-def loss_events(m):
-    """Losses (events, m), most of them positive on average, as losses are."""
+def loss_events(m, span):
+    """Losses (events, m) from 2^-span to 2^span, positive on average, as losses are."""
     rng = np.random.default_rng(1)
-    mixed = np.ldexp(1.0, np.linspace(-50, 50, m).astype(int))
+    mixed = np.ldexp(1.0, np.linspace(-span, span, m).astype(int))
     events = [
         *rng.uniform(0.5, 2, (10, m)),
         np.zeros(m),
         -rng.uniform(0.01, 0.1, m),
         np.where(np.arange(m) % 2, 0.0, 1.0),
-        np.full(m, 2.0**50),
-        np.full(m, 2.0**-50),
+        np.full(m, 2.0**span),
+        np.full(m, 2.0**-span),
         mixed,
         mixed[::-1],
     ]
@@ -89,8 +89,9 @@ def choose(t, number, salt):
     return jnp.where(t == 0, 0, jax.random.randint(key, (), 0, number))
 
 
-def events_of(m):
-    losses = loss_events(m)
+def events_of(name, m):
+    # GO4Align's weights are ratios of losses: times rows of 2^50 they would leave float32.
+    losses = loss_events(m, 30 if name == "go4align" else 50)
     return {
         "rows": row_events(m),
         "losses": losses,
@@ -106,7 +107,7 @@ def chosen(events, t):
 @functools.cache
 def expected_skips(name, m, steps, reads):
     """How many steps hold a non-finite number in something that is read."""
-    events = events_of(m)
+    events = events_of(name, m)
     index = jax.vmap(functools.partial(chosen, events))(jnp.arange(steps))
     bad = np.zeros(steps, bool)
     for key in reads:
@@ -123,7 +124,7 @@ def soak(name, steps):
     m = max(4, method.min_tasks)
     # Adam squares what it gets.
     optimizer = optax.chain(method.make(m), optax.clip(2.0**50), optax.adam(1e-3))
-    events = events_of(m)
+    events = events_of(name, m)
 
     def step(carry, _):
         params, state, t = carry
