@@ -304,22 +304,6 @@ def test_masked_tasks_are_removed_exactly(name, x64):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_rows_accumulate_in_float32(name, x64):
-    m = tasks_of(name)
-    matrix = np.asarray(jnp.asarray(matrix_of(m, kind="conflict"), jnp.bfloat16), np.float32)
-    aggregator, step, _, _ = get(name, m)
-    everyone = jnp.ones(m, bool)
-    state = aggregator.init(params_of())
-    half, _ = step(rows_of(matrix, jnp.bfloat16), state, everyone, inputs_of(name, m))
-    # Draws depend on the dtype.
-    wide = rows_of(matrix, jnp.float32 if BY_NAME[name].random else None)
-    full, _ = step(wide, state, everyone, inputs_of(name, m))
-    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
-    scale = np.abs(flat(full)).max()
-    np.testing.assert_allclose(flat(half), flat(full), atol=2**-7 * scale)
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_wrong_input_is_a_sentence(name):
     m = tasks_of(name)
     aggregator = BY_NAME[name].make(m)
