@@ -8,6 +8,7 @@ A job is ``KIND:LAYOUT:MODE:ROUTE``:
 * ``map``: the same inside `jax.shard_map`, LAYOUT one of `MAPS`.
 * ``examples``: one objective per example.
 * ``gradient``: the plain gradient of the mean loss, for its collectives.
+* ``plan``, ``traces``, ``lookup``, ``readme``: see there.
 
 In float64: rules that divide by small differences of inner products, or choose by their sign,
 amplify the rounding of a sum whose order depends on the devices.
@@ -25,6 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -44,6 +46,7 @@ OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 STEPS = 2
 
@@ -383,6 +386,79 @@ def job_examples(name, mode, _):
     }
 
 
+def job_traces(name, mode, _):
+    """Whether what surrounds the rules passes explicit axes; updates are to lie as parameters."""
+    layout, m = LAYOUTS[name], TASKS
+    mesh = mesh_of(layout, mode)
+    of_layout = functools.partial(losses_fn, layout=layout, mode=mode)
+    of_example = functools.partial(example_loss, layout=layout, mode=mode)
+    rule = jaxmtl.upgrad()
+    mask = jnp.arange(m) != 1
+
+    def encoder(params, batch):
+        params = jax.tree.map(lambda p: jax.sharding.reshard(p, P()), params)
+        return jnp.tanh(batch[0] @ params["w1"] + params["b1"]) @ params["w2"]
+
+    def of_features(params, z, batch):
+        head = jax.sharding.reshard(params["head"], P())
+        return jnp.mean((z @ head - batch[1]) ** 2, axis=0)
+
+    def not_head(path):
+        return "head" not in jax.tree_util.keystr(path)
+
+    groups = {"trunk": rule, "head": jaxmtl.linear_scalarization(jnp.ones(m))}
+    labels = {name: "head" if name == "head" else "trunk" for name in SHAPES}
+    tracked = jaxmtl.track_gradients(num_tasks=m, initial="first", max_norm=1.0)
+    averaged = jaxmtl.cr_mogm(jaxmtl.mgda(), num_tasks=m)
+    chains = {
+        "tracked": (optax.chain(tracked, averaged, optax.adam(0.1)), {}),
+        "clipped": (optax.chain(jaxmtl.clip_rows(1.0), rule), {}),
+        "accumulated": (jaxmtl.multi_steps(optax.chain(rule, optax.adam(0.1)), 2, num_tasks=m), {}),
+        "masked": (rule, {"task_mask": mask}),
+        "masked moco": (jaxmtl.moco(num_tasks=m, normalise="norm_loss"), {"task_mask": mask}),
+        "partition": (optax.partition(groups, labels), {}),
+    }
+    calls = {
+        "chunked": (of_layout, {"chunk_size": 2}),
+        "heads": (of_layout, {"shared": not_head}),
+        "encoder": (of_features, {"encoder": encoder}),
+        "examples": (lambda p, batch: of_example(p, *batch), {"in_axes": (None, 0)}),
+    }
+
+    def of_chain(tx, extra, params, state, batch):
+        losses, jacobian = jaxmtl.value_and_jacobian(of_layout)(params, batch)
+        return tx.update(jacobian, state, params, losses=losses, **extra)
+
+    def of_call(fun, options, params, state, batch):
+        found = jaxmtl.value_and_grad(fun, rule, **options)(params, state, batch)
+        return found[1], found[0][1]
+
+    def of_rows(params, state, batch):
+        jacobian_of = jaxmtl.value_and_jacobian(of_example, in_axes=(None, 0, 0))
+        _, jacobian = jacobian_of(params, *batch)
+        return rule.update(jacobian, state, params)
+
+    found = {}
+    with jax.set_mesh(mesh):
+        params, ((batch, _), *_) = place(mesh, layout, *problem())
+        cases = {
+            key: (functools.partial(of_chain, tx, extra), tx.init(params))
+            for key, (tx, extra) in chains.items()
+        }
+        cases |= {
+            key: (functools.partial(of_call, fun, options), rule.init(params))
+            for key, (fun, options) in calls.items()
+        }
+        if "model" in layout.mesh:  # a row cannot be split along the axis that splits the examples
+            cases["rows of examples"] = (of_rows, rule.init(params))
+        for key, (fun, state) in cases.items():
+            update, new = jax.eval_shape(fun, params, state, batch)
+            after, before = jax.tree.leaves((update, new)), jax.tree.leaves((params, state))
+            pairs = zip(after, map(jax.typeof, before), strict=True)
+            found[key] = all(x.sharding.spec == y.sharding.spec for x, y in pairs)
+    return found
+
+
 # What the README plans with, per device and step, in numbers of the accumulation dtype: a ring
 # all-reduce sends 2 (d - 1) / d of its operand, a reduce-scatter or an all-gather half of that.
 ROUTES = ("Jacobian", "no Jacobian")
@@ -539,6 +615,7 @@ JOBS = {
     "plan": job_plan,
     "readme": job_readme,
     "lookup": job_lookup,
+    "traces": job_traces,
 }
 
 
