@@ -151,19 +151,23 @@ def test_numbers_of_the_table(row, x64):
     aggregator, params = eval(call, vars(jaxmtl)), jnp.zeros(rows.shape[1])
     update = jax.jit(aggregator.update)(jnp.asarray(rows), aggregator.init(params), params)[0]
     np.testing.assert_allclose(factor * update, numbers(ours), atol=1e-5)
-    if call != "fairgrad(2.0)":
-        np.testing.assert_allclose(factor * torchjd(call, rows), numbers(theirs), atol=2e-5)
-    else:  # their solver's answer, against the equation G w = w^(-1/2)
+    if call == "fairgrad(2.0)":  # their solver's answer, against the equation G w = w^(-1/2)
         w = np.linalg.lstsq(rows.T, np.array(numbers(theirs)), rcond=None)[0]
         np.testing.assert_allclose(rows @ rows.T @ w, w**-0.5, rtol=1e-3)
+    elif np.linalg.norm(rows) < 0.01 and call == "nash_mtl(max_norm=1.0)":
+        # A recorded run: their loop ends after 20 rounds, and w * (G w) is far from constant.
+        w = np.linalg.solve(rows.T, numbers(theirs))
+        assert np.ptp(w * (rows @ rows.T @ w)) > 0.9
+    else:
+        np.testing.assert_allclose(factor * torchjd(call, rows), numbers(theirs), atol=2e-5)
 
 
 def test_cr_mogm_from_the_first_weights(x64):
     """alpha w_{k-1} + (1 - alpha) w^_k, with w_0 the first w^; MGDA of orthogonal rows is known."""
     rule = jaxmtl.cr_mogm(jaxmtl.mgda(), alpha=0.9, initial_weights="first", num_tasks=2).weighting
-    state = rule.init()
+    update, state = jax.jit(rule.update), rule.init()
     for square, expected in ((4.0, 0.8), (1.0, 0.9 * 0.8 + 0.1 * 0.5)):
-        weights, state = rule.update(jnp.diag(jnp.array([1.0, square])), state)
+        weights, state = update(jnp.diag(jnp.array([1.0, square])), state)
         np.testing.assert_allclose(weights[0], expected, rtol=1e-12)
 
 

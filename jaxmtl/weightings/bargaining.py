@@ -46,9 +46,10 @@ def nash_mtl(
 
     **Reference**: Navon et al. 2022, eq. 3 and claim 3.2.
 
-    **Differs from** the official code and LibMTL, which solve an approximation with a conic
-    solver every few steps, on ``G / |G|_F`` and with updates clipped at norm 1: that is
-    ``every_k(nash_mtl(normalise=True, max_norm=1.0), k)`` up to their approximation.
+    **Differs from** LibMTL and TorchJD, which follow the official code: they solve an
+    approximation with a conic solver every few steps and clip updates at norm 1, which is
+    ``every_k(nash_mtl(max_norm=1.0), k)`` up to that approximation. (The norm by which they divide
+    G comes back in their constraints, so that ``normalise`` is not theirs.)
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> params, jacobian = jnp.zeros(2), jnp.array([[3.0, 0.0], [0.0, 1.0]])

@@ -42,8 +42,8 @@ def cagrad(
     **Reference**: Liu et al. 2021, eq. 3 and algorithm 1; Quinton and Rey 2024, eq. 31.
 
     **Differs from** the official code and LibMTL, whose default is ``rescale="1/(1+c^2)"`` and
-    which minimise inexactly, and from TorchJD, which returns 0 where ``g_w = 0`` and below an
-    absolute norm of 1e-4.
+    which minimise inexactly, and from TorchJD, which returns 0 where ``g_w = 0`` and where the
+    Frobenius norm of J is below 0.01.
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> params, jacobian = jnp.zeros(2), jnp.array([[2.0, 0.0], [0.0, 2.0]])
