@@ -114,7 +114,7 @@ def best_by_part(folder: Path) -> dict[str, list[tuple[dict[str, Any], Best]]]:
     """Return the settings of every part and their best trainings."""
     parts = {}
     main = [r for name in DATASETS for r in read_records(folder / f"iwrm_{name}.jsonl")]
-    for name in (*DATASETS, "batch_size", "adam", "full_size"):
+    for name in (*DATASETS, "batch_size", "adam"):
         records = read_records(folder / f"iwrm_{name}.jsonl")
         if name == "batch_size" and records:  # whose batch of 32 is in the data set's own part
             same = records[0]["setting"] | {"batch_size": 32}
@@ -148,7 +148,7 @@ def claims(folder: Path) -> list[Claim]:
     """
     parts = best_by_part(folder)
     found: list[Claim] = []
-    for name in (*DATASETS, "full_size"):
+    for name in DATASETS:
         for setting, best in parts[name]:
             found += claims_of_dataset(setting, best)
     found += claims_of_batch_size(parts["batch_size"])
@@ -342,10 +342,11 @@ def draw(path: Path, panels: Sequence[tuple[str, Best, Sequence[str]]], title: s
                 width = 2.2 if name in COLOURS else 1.4
                 curve(axis, best[name], quantity, color=colour, label=name, linewidth=width)
         axes[0, column].set_title(header, fontsize=10)
-        axes[0, column].legend(fontsize=8)
+        axes[0, column].legend(fontsize=8, loc="lower left")
         axes[1, column].set_xlabel("epoch")
     axes[0, 0].set_ylabel("training loss, mean over the epoch")
     axes[0, 0].set_yscale("log")
+    axes[0, 0].set_ylim(top=6)  # guessing has log 10 = 2.3
     axes[1, 0].set_ylabel("cosine of update and mean gradient")
     for axis in axes.ravel():
         axis.grid(alpha=0.3, which="both")
