@@ -9,7 +9,7 @@ import pytest
 
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
-from experiments import multimnist  # noqa: E402
+from experiments import multimnist, multimnist_report  # noqa: E402
 from experiments._runs import append_records, mean_and_error  # noqa: E402
 from experiments.data.digit_pairs import make_pairs, paint, read_pairs  # noqa: E402
 from experiments.data.images import load_sklearn_digits  # noqa: E402
@@ -141,7 +141,7 @@ def test_pcgrad_of_zhou_is_the_mean_and_its_average_starts_at_one_half():
 
 def test_every_method_is_built_for_two_tasks():
     assert all(hasattr(factory(2), "update") for factory in METHODS.values())
-    assert set(multimnist.PAPER) <= set(METHODS)
+    assert set(multimnist_report.PAPER) <= set(METHODS)
 
 
 def test_no_test_digit_is_seen_in_training():
