@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 STUDIES: dict[str, tuple[tuple[str, ...], ...]] = {
     "toy": ((),),
     "stochastic_quadratic": ((),),
-    "multimnist": (("--dataset", "digits"), ("--dataset", "mnist")),
+    "multimnist": tuple(("--dataset", name) for name in ("digits", "mnist", "mnist_batches")),
     "iwrm": ((),),
     "tabular": ((),),
 }
