@@ -97,6 +97,10 @@ def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, 
     assert {c.verdict for c in claims if "converge to" in c.claim} == {"not"}
 
 
+def test_the_report_knows_every_method():
+    assert (study.BASELINE, *study.STUDIED) == tuple(study.METHODS)
+
+
 def test_a_study_without_results_makes_no_claims_and_says_what_is_missing(tmp_path):
     assert study.claims(tmp_path) == []
     with pytest.raises(SystemExit, match="expected results in"):
