@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxmtl import linalg
+
 PyTree = Any
 
 
@@ -102,7 +104,7 @@ def value_and_jacobian(
         else:
             losses, pull = jax.vjp(closed, params)
         _check_losses(losses)
-        units = jnp.eye(losses.size, dtype=losses.dtype)
+        units = linalg.units(losses)
 
         def row(unit: jax.Array) -> PyTree:
             return pull(unit)[0]
