@@ -30,10 +30,9 @@ def eager():
 
 
 def matrix_of(m, seed=0):
-    """Conflicting rows with a unit-row condition number of about 4."""
-    rng = np.random.default_rng(seed)
-    matrix = rng.standard_normal((m, SIZE))
-    return matrix - 0.7 * matrix.mean(0)
+    """Rows with conflicts; the squared condition number of the unit rows is about 4 (m = 5: 11)."""
+    matrix = np.random.default_rng(seed).standard_normal((m, SIZE))
+    return matrix - 0.4 * matrix.mean(0)
 
 
 def conditioning(matrix):
@@ -88,29 +87,30 @@ def run(aggregator, rows, params, inputs):
     return update, state
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", NAMES)
-def test_narrow_rows_count_as_their_float32_copies(rule):
+def test_narrow_rows_count_as_their_float32_copies(rule, dtype):
     """Bit for bit: weights and state do not change, the update is rounded once, at the end."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)
     matrices = [matrix_of(m, seed) for seed in range(2 if BY_NAME[rule].stateful else 1)]
     wide = params_of(jnp.float32)
     exact = [rows_of(matrix, jnp.float32) for matrix in matrices]
-    unrounded, unrounded_state = run(aggregator, exact, wide, inputs_of(rule))
-    for dtype in NARROW:
-        rows, inputs = [cast(x, dtype) for x in exact], inputs_of(rule, dtype)
-        copies = cast(rows, jnp.float32)
-        expected, state = run(aggregator, copies, wide, cast(inputs, jnp.float32))
-        assert_same(run(aggregator, rows, params_of(dtype), inputs), (cast(expected, dtype), state))
-        if dtype == jnp.bfloat16:  # with master weights, whose updates are not rounded
-            assert_same(run(aggregator, rows, wide, inputs), (expected, state))
-        # And against rows that were not rounded: what their rounding can change.
-        bound = 2 * m * float(jnp.finfo(dtype).eps) * max(map(conditioning, matrices))
-        largest = np.abs(flat(unrounded)).max()
-        np.testing.assert_allclose(flat(expected), flat(unrounded), rtol=0, atol=bound * largest)
-        if BY_NAME[rule].logs:
-            weights = np.asarray(optax.tree.get(unrounded_state, "mtl_weights"))
-            found = optax.tree.get(state, "mtl_weights")
-            np.testing.assert_allclose(found, weights, rtol=0, atol=bound * np.abs(weights).max())
+    rows, inputs = [cast(x, dtype) for x in exact], inputs_of(rule, dtype)
+    copies = cast(rows, jnp.float32)
+    expected, state = run(aggregator, copies, wide, cast(inputs, jnp.float32))
+    assert_same(run(aggregator, rows, params_of(dtype), inputs), (cast(expected, dtype), state))
+    # With master weights the update is not rounded.
+    assert_same(run(aggregator, rows, wide, inputs), (expected, state))
+
+    # And against rows that were not rounded: what their rounding can change.
+    unrounded, unrounded_state = run(aggregator, exact, wide, cast(inputs, jnp.float32))
+    bound = float(jnp.finfo(dtype).eps) * max(map(conditioning, matrices))
+    largest = np.abs(flat(unrounded)).max()
+    np.testing.assert_allclose(flat(expected), flat(unrounded), rtol=0, atol=bound * largest)
+    if BY_NAME[rule].logs:
+        weights = np.asarray(optax.tree.get(unrounded_state, "mtl_weights"))
+        found = optax.tree.get(state, "mtl_weights")
+        np.testing.assert_allclose(found, weights, rtol=0, atol=bound * np.abs(weights).max())
 
 
 @pytest.mark.parametrize("rule", ["upgrad", "graddrop", "moco"])
