@@ -155,7 +155,7 @@ SMALL = {
         "fashion_mnist", "fashion_mnist", [name for name in AGGREGATORS if name != "graddrop"], 1
     ),
     "cifar10": reduced("cifar10", "cifar10", FEW, 1),
-    "batch_size": reduced("batch_size", "mnist", FEW, 1),
+    "batch_size": reduced("batch_size", "mnist", ("mean", "upgrad_ridge"), 1),
     "adam": reduced("adam", "mnist", FEW, 1),
 }
 SMOKE = {
