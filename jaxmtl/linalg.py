@@ -302,7 +302,9 @@ def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       A pair of the scaled ``(m, m)`` Gramian and an int32 scalar ``log2_scale``; the
-      Gramian of the rows themselves is ``gramian * 4**log2_scale``.
+      Gramian of the rows themselves is ``gramian * 4**log2_scale``. A row more than 2^62
+      (float64: 2^510) times smaller than the largest counts as a zero row: its square
+      lies outside the format.
     """
     m = num_rows(jacobian)
     dtype = accumulation_dtype(jacobian)

@@ -120,6 +120,11 @@ def matrix_of(m, form, draw):
     return np.asarray(np.asarray(scaled, form.dtype), np.float64)
 
 
+def nearly_dependent(matrix):
+    norms = np.linalg.norm(matrix, axis=1)
+    return not np.all(norms) or np.linalg.cond(matrix / norms[:, None]) > 256
+
+
 def inputs_of(rule, m, draw):
     rng = np.random.default_rng(draw["seed"] + 1)
     inputs = {
@@ -153,7 +158,11 @@ def properties(rule, form_name, m, draw):
     got = flat(update)
     assert np.all(np.isfinite(got))
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
-    assert int(optax.tree.get(state, "mtl_skipped", 0)) == 0
+    skipped = int(optax.tree.get(state, "mtl_skipped", 0))
+    if form.dtype == jnp.float16 and nearly_dependent(matrix):
+        assert np.all(got == 0) or not skipped  # IMTL-G's update can leave this format
+    else:
+        assert not skipped
     params = params_of(form)
     assert jax.tree.structure(update) == jax.tree.structure(params)
     for x, p in zip(jax.tree.leaves(update), jax.tree.leaves(params), strict=True):
@@ -171,7 +180,8 @@ def properties(rule, form_name, m, draw):
     if method.logs:
         weights = np.asarray(optax.tree.get(state, "mtl_weights"), np.float64)
     terms = np.abs(weights) @ norms
-    if method.non_conflicting:
+    # Rows whose squares vanish beside the largest count as zero rows.
+    if method.non_conflicting and np.all(norms >= norms.max() * 2.0**-60):
         assert np.all(matrix @ got >= -64 * m * eps * norms * terms)
     if method.equivariant and not method.random and draw["kind"] in ("generic", "conflict"):
         tolerance = 64 * m * eps * np.linalg.cond(matrix) ** 2 if m <= size_of(form) else 1
@@ -191,7 +201,7 @@ def properties(rule, form_name, m, draw):
     nothing, kept = step(rows_of(poisoned, form), state, inputs)
     assert np.all(flat(nothing) == 0)
     if rule != "linear_scalarization":  # which has no state
-        assert int(kept.mtl_skipped) == 1
+        assert int(kept.mtl_skipped) == 1 + skipped
         kept = kept._replace(mtl_skipped=state.mtl_skipped)
         jax.tree.map(np.testing.assert_array_equal, kept, state)
     assert len(traces) == 1, "a second set of numbers was traced again"
