@@ -105,7 +105,7 @@ def test_claims_are_decided_by_the_records(smoke, tmp_path):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (edited / "tabular_census.jsonl").write_text(lines)
         verdicts = {c.source: c.verdict for c in tabular.claims(edited)}
-        assert verdicts["Ma 2018, section 6.2"] == verdict
+        assert verdicts["Ma 2018"] == verdict
 
 
 def test_report_without_results_says_what_is_missing(tmp_path):
