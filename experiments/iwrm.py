@@ -1,6 +1,6 @@
 """Instance-wise risk minimisation: every image of a batch is a task.
 
-    python -m experiments.iwrm --data-dir DIR --out experiments/results     # small, hours
+    python -m experiments.iwrm --data-dir DIR --out experiments/results     # reduced
     python -m experiments.iwrm --paper --full-search                        # the paper's scale
 
 Small convolutional networks learn 1,024 images by SGD; each step turns the gradients of the 32
@@ -16,7 +16,37 @@ argument. GradDrop needs coordinates and takes the Jacobian. On CPU seeds are tr
 at once each takes longer, since batches of matrix products are slower than one product and the
 activations of eight seeds leave the caches. On an accelerator the full search maps the seeds.
 
-NUMBERS
+**MNIST**, 3 seeds (GradDrop 1), 8 epochs, at each seed's best rate:
+
+    aggregator         area             loss at the end    cosine to the mean
+    upgrad_ridge       0.369 +- 0.002    0.006 +- 0.002    0.94
+    dual_proj_ridge    0.478 +- 0.035    0.005 +- 0.002    0.98
+    mean               0.516 +- 0.029    0.008 +- 0.001    1
+    graddrop           0.550             0.018             0.78
+    aligned_mtl        0.663 +- 0.061    0.374 +- 0.048    0.65
+    imtl_g             0.695 +- 0.050    0.533 +- 0.057    0.29
+    dual_proj          0.734 +- 0.019    0.040 +- 0.016    0.89
+    rgw                0.787 +- 0.022    0.110 +- 0.015    0.81
+    upgrad             0.832 +- 0.104    0.133 +- 0.087    0.81
+    cagrad             0.926 +- 0.022    0.106 +- 0.037    0.87
+    pcgrad             0.994 +- 0.128    6.746 +- 6.682    0.83
+    nash_mtl           1.149 +- 0.030    1.089 +- 0.131    0.49
+    mgda               1.387 +- 0.056    1.337 +- 0.087    0.10
+
+**What the claim rests on.** The paper's experiments ran UPGrad and DualProj as its library computes
+them, with 1e-4 of the Gramian's trace added to the diagonal. So done (`*_ridge`) the claim
+reproduces: UPGrad is the fastest of all. As defined, without the ridge, both lose to the mean on
+MNIST, in bursts of the loss, and with Adam UPGrad does not train. We take the reason to be images
+that are learnt already: their gradients have almost no length, but a direction, which constrains
+the step as much as any other's. The ridge lets rows of that length go unheard.
+
+**Elsewhere**, one seed each, the area of the mean over that of `upgrad_ridge`: CIFAR-10 1.03 (as
+defined 1.02: few images are learnt within 8 epochs), MNIST with Adam 1.07 (as defined 0.11), with
+batches of 4 and 64 1.04 and 1.17, where the batch of 32 has 1.39. The search with Adam ends for
+UPGrad as defined at the first local minimum, a rate of 0.002; there may be a lower one.
+
+A batch of 16, Fashion-MNIST and the paper's image size were not run: the time did not suffice.
+
 **Reference**: Quinton and Rey 2024, section 5, appendices C, D and E.
 
 **Differs from** the paper, unless by `--paper` and `--full-search`: images of half the side (the
