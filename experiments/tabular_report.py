@@ -282,7 +282,7 @@ def colour_legend(figure: Figure, extra: Sequence[Any] = ()) -> None:
 
 def draw_plane(found: dict[str, tuple[Results, Record]], path: Path) -> None:
     """Save the plane of the two areas under the curve: one row per network, whole and enlarged."""
-    figure = Figure(figsize=(13, 0.9 + 5.4 * len(found)), layout="constrained")
+    figure = Figure(figsize=(12, 0.9 + 4.5 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 2, squeeze=False)
     for (whole, near), (name, (results, single)) in zip(panels, found.items(), strict=True):
         draw_panel(whole, results, single, numbers=False)
