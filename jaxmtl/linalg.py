@@ -311,7 +311,10 @@ def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
     nonzero, exponent = _row_exponents(jacobian, m, dtype)
     product = gramian(_scale_rows(jacobian, -exponent, dtype))
     top = _largest_exponent(nonzero, exponent)
-    shift = power_of_two(jnp.minimum(exponent - top, 0), dtype)
+    below = jnp.minimum(exponent - top, 0)
+    # Its products with other rows would stay when its square is gone.
+    vanishes = below <= jnp.finfo(dtype).minexp // 2
+    shift = jnp.where(vanishes, 0, power_of_two(below, dtype))
     return product * shift[:, None] * shift[None, :], top.astype(jnp.int32)
 
 
