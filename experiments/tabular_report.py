@@ -282,7 +282,7 @@ def colour_legend(figure: Figure, extra: Sequence[Any] = ()) -> None:
 
 def draw_plane(found: dict[str, tuple[Results, Record]], path: Path) -> None:
     """Save the plane of the two areas under the curve: one row per network, whole and enlarged."""
-    figure = Figure(figsize=(12, 0.9 + 4.5 * len(found)), layout="constrained")
+    figure = Figure(figsize=(11.5, 0.9 + 4.2 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), 2, squeeze=False)
     for (whole, near), (name, (results, single)) in zip(panels, found.items(), strict=True):
         draw_panel(whole, results, single, numbers=False)
@@ -302,8 +302,9 @@ def draw_plane(found: dict[str, tuple[Results, Record]], path: Path) -> None:
             axis.set_ylabel(f"{CENSUS_TASKS[1]}: test AUC (%)")
             axis.grid(alpha=0.3)
             axis.ticklabel_format(useOffset=False)
+            axis.locator_params(nbins=5)
     seeds = len(next(iter(found.values()))[1]["seeds"])
-    figure.suptitle(f"Census-Income: every rule beside swept weights (mean ± error, {seeds} seeds)")
+    figure.suptitle(f"Census-Income: rules beside swept weights (mean ± error, {seeds} seeds)")
     curve = Line2D(
         [], [], color="black", marker="s", ms=4, label="scalarization, by the weight of income"
     )
