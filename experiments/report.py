@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, parts in STUDIES.items():
             for part in parts:
                 study_of(name).main([*part, "--report-only", "--out", str(args.out)])
+    args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "README.md"
     page.write_text(make_page(args.out))
     Console().print(f"{args.out} -> {page}")
