@@ -47,7 +47,7 @@ UPGrad as defined at the first local minimum, a rate of 0.002; there may be a lo
 
 **Table 7**, MNIST's network at full size, median ratio to SGD's step on two busy cores: UPGrad 1.02
 (1.04 times the operations; the paper's Jacobian 4.0 times), MGDA 1.05 (11.1), Nash-MTL 1.08 (16.8),
-GradDrop by the Jacobian 2.5 (3.8). The mean, with 1.008 times the operations, has 1.51 and RGW 0.81,
+GradDrop by the Jacobian 2.5 (3.8). The mean, with 1.008 times the operations, has 1.51, RGW 0.81,
 which tells how much is noise.
 
 A batch of 16, Fashion-MNIST and the paper's image size were not run: the time did not suffice.

@@ -322,7 +322,7 @@ def make_time_table(records: Sequence[Record]) -> Table:
             f"{r['seconds_per_epoch']:.2f}",
             f"{r['time_ratio']:.2f}",
             "" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}",
-            f"{paper[r['aggregator']] / paper['sgd']:.2f}",
+            f"{paper[r['aggregator'].removesuffix('_ridge')] / paper['sgd']:.2f}",
         )
     return table
 

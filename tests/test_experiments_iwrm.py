@@ -285,3 +285,13 @@ def test_one_seed_never_makes_a_claim_reproduced(tmp_path):
     (faster,) = [c for c in iwrm_report.claims(tmp_path) if "faster" in c.claim]
     assert faster.verdict == "partly"
     assert "one seed" in faster.ours
+
+
+def test_times_of_every_rule_stand_beside_table_7():
+    def record(name):
+        row = {"network": "mnist", "aggregator": name, "seconds_per_epoch": 3.0}
+        return row | {"time_ratio": 1.0, "flops_ratio": None}
+
+    table = iwrm_report.make_time_table([record(name) for name in iwrm.AGGREGATORS])
+    assert table.row_count == 13
+    assert list(table.columns[-1].cells)[-1] == "4.04"  # 1.90 / 0.47
