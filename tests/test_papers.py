@@ -136,6 +136,16 @@ def test_imtl_g_is_not_affine_in_a_row(a):  # B.6
     np.testing.assert_allclose(update, [expected, expected], rtol=1e-13)
 
 
+@pytest.mark.parametrize("degrees", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_imtl_g_of_nearly_parallel_gradients_in_float32(degrees, size):
+    angle = np.deg2rad(degrees)
+    units = np.array([[1.0, 0.0], [np.cos(angle), np.sin(angle)]])
+    jacobian = jnp.asarray(units * [[1.0], [size]], jnp.float32)
+    expected = size / (1 + size) * units.sum(axis=0)  # equal projections: w_1 |g_1| = w_2 |g_2|
+    np.testing.assert_allclose(compiled("imtl_g")(jacobian), expected, rtol=1e-5)
+
+
 def test_cagrad_conflicts():  # B.7
     c, a = 0.5, 1.0
     jacobian = np.array([[2.0, 0.0], [-2 * a - 2, 2.0]])

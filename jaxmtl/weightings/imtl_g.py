@@ -38,8 +38,8 @@ def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
 
     **Properties**: weighted, permutation-equivariant, of degree 1; not linear under scaling,
     conflicting if the gradients are linearly dependent. The weights sum to 1 or are all 0; a
-    sum within rounding of 0, relative to the sum of magnitudes, counts as 0. Zero rows have
-    weight 0.
+    sum within rounding of 0, relative to the sum of magnitudes (half of it at most), counts as 0.
+    Zero rows have weight 0.
 
     **Reference**: Liu et al. 2021 ("Towards impartial multi-task learning"), section 3.1, in
     the form for every rank of Quinton and Rey 2024, eq. 28-30.
@@ -63,7 +63,8 @@ def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
         full = rank == m
         v = jnp.where(full, unit_inverse @ present / norms, inverse @ (norms * present)) * present
         total = jnp.sum(v)
-        rounding = jnp.where(full, unit_rounding, rounding)
+        # The sum of nearly parallel gradients' v does not cancel, however ill-conditioned they are.
+        rounding = jnp.minimum(jnp.where(full, unit_rounding, rounding), 0.5)
         vanishes = jnp.abs(total) <= rounding * jnp.sum(jnp.abs(v))
         return jnp.where(vanishes, 0, v / jnp.where(vanishes, 1, total))
 
