@@ -107,12 +107,8 @@ def example_loss(params, x, y, layout=ONE, mode="auto"):
 
 
 def inputs_of(name, losses, cross):
-    inputs = {"losses": losses}
-    for key in BY_NAME[name].inputs:
-        inputs[key] = INPUTS[key](TASKS)
-    if "cross_gramian" in inputs:
-        inputs["cross_gramian"] = cross
-    return inputs
+    inputs = {key: INPUTS[key](TASKS) for key in BY_NAME[name].inputs} | {"losses": losses}
+    return inputs | {"cross_gramian": cross} if "cross_gramian" in inputs else inputs
 
 
 @functools.cache

@@ -232,7 +232,7 @@ def test_two_processes_run_the_job_of_one():
 def test_every_rule_in_every_layout(jobs):
     for job, result in run_jobs(jobs).items():
         check_rules(job, result)
-        if job.startswith("rules"):
+        if job.startswith("rules") and jobs is not SUGAR:  # which evaluates the model per rule
             check_collectives(result)
             assert result["states_lie_as_params"]
 
