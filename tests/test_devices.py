@@ -54,7 +54,7 @@ pytestmark = pytest.mark.xdist_group("devices")
 
 
 def run_jobs(jobs):
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     command = [sys.executable, "-W", "error", "-m", "tests.devices", *jobs]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=3000)
@@ -195,8 +195,7 @@ def free_port():
 
 def start(devices_each, *arguments):
     env = dict(os.environ, JAX_NUM_CPU_DEVICES=str(devices_each), JAX_PLATFORMS="cpu")
-    flags = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
-    env |= {"JAX_ENABLE_X64": "1", "XLA_FLAGS": flags}
+    env |= {"JAX_ENABLE_X64": "1"}
     command = [sys.executable, "-m", "experiments.examples.distributed", *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
