@@ -358,10 +358,10 @@ def draw(path: Path, panels: Sequence[tuple[str, Best, Sequence[str]]], title: s
         axes[0, column].set_title(header, fontsize=10)
         axes[0, column].legend(fontsize=8, loc="lower left")
         axes[1, column].set_xlabel("epoch")
-    axes[0, 0].set_ylabel("training loss, mean over the epoch")
+    axes[0, 0].set_ylabel("training loss of the epoch")
     axes[0, 0].set_yscale("log")
     axes[0, 0].set_ylim(top=min(axes[0, 0].get_ylim()[1], 6))  # guessing has log 10 = 2.3
-    axes[1, 0].set_ylabel("cosine of update and mean gradient")
+    axes[1, 0].set_ylabel("cosine to the mean gradient")
     for axis in axes.ravel():
         axis.grid(alpha=0.3, which="both")
     note = "*_ridge: with the ridge on the Gramian that the paper's code has"
