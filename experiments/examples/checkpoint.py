@@ -1,7 +1,7 @@
 """A run that is saved, killed and resumed, on the same devices or on others.
 
-    python -m experiments.examples.checkpoint --folder /tmp/run --steps 20
-    python -m experiments.examples.checkpoint --folder /tmp/run --steps 40
+    python -m experiments.examples.checkpoint --folder DIR --steps 20
+    python -m experiments.examples.checkpoint --folder DIR --steps 40
 
 The second command finds the checkpoint of the first and goes on from step 20; the result is bit for
 bit that of 40 steps at once, whichever rule is chosen. With ``XLA_FLAGS=
