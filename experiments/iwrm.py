@@ -36,7 +36,7 @@ activations of eight seeds leave the caches. On an accelerator the full search m
 **What the claim rests on.** The paper's experiments ran UPGrad and DualProj as its library computes
 them, with 1e-4 of the Gramian's trace added to the diagonal. So done (`*_ridge`) the claim
 reproduces: UPGrad is the fastest of all. As defined, without the ridge, both lose to the mean on
-MNIST, in bursts of the loss, and with Adam UPGrad does not train. We take the reason to be images
+MNIST, in bursts of the loss, and so does UPGrad with Adam. We take the reason to be images
 that are learnt already: their gradients have almost no length, but a direction, which constrains
 the step as much as any other's. The ridge lets rows of that length go unheard.
 

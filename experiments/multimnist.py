@@ -37,7 +37,9 @@ by more than 1.4 of its errors. CAGrad's lower losses come with a longer step (1
     cr_cagrad               96.70 +- 0.24   95.91 +- 0.23   96.85  95.70
     upgrad                  96.90 +- 0.17   96.14 +- 0.17
 
-The level is the paper's; its claim, that the CR- form improves both tasks of every method, is not
+These records, but CR-PCGrad's, are of an earlier state of the library: MGDA's and two others, run
+again, differ by up to 0.9 % in a seed, as rounding does after many steps. The level is the paper's;
+its claim, that the CR- form improves both tasks of every method, is not
 reproduced: paired over seeds, CR- minus plain is -0.1 and +0.5 (MGDA), -0.2 and -0.2 (PCGrad), -0.1
 and -0.2 (CAGrad). Only on MGDA's weaker right digit does it help, and there by one standard error.
 For two tasks UpGrad is PCGrad, so that their difference is what rounding alone can do.

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("orbax.checkpoint", reason="the extra `experiments` is not installed")
 
 from experiments.examples import checkpoint
 

@@ -12,7 +12,7 @@ import pytest
 
 import jaxmtl
 
-flax = pytest.importorskip("flax")
+flax = pytest.importorskip("flax", reason="the extra `experiments` is not installed")
 
 from flax import serialization  # noqa: E402
 
