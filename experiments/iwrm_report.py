@@ -132,9 +132,8 @@ def title_of(setting: dict[str, Any], best: Best) -> str:
     """Return what a table or figure shows."""
     seeds = sorted({len(records) for records in best.values()})
     count = "-".join(str(n) for n in (seeds if len(seeds) < 2 else (seeds[0], seeds[-1])))
-    size = f", images shrunk {setting['shrink']}x" if setting["shrink"] > 1 else ""
     return (
-        f"IWRM on {setting['examples']} images of {setting['dataset']}{size}, "
+        f"IWRM on {setting['examples']} images of {setting['dataset']}, "
         f"{setting['optimizer']}, batch {setting['batch_size']}, {setting['epochs']} epochs, "
         f"{count} seed{'s' if count != '1' else ''}"
     )
@@ -163,7 +162,7 @@ def claims(folder: Path) -> list[Claim]:
 
 def claims_of_dataset(setting: dict[str, Any], best: Best) -> list[Claim]:
     """Return the claims of section 5 and appendix D.1."""
-    where = setting["dataset"] + ("" if setting["shrink"] > 1 else ", paper's size")
+    where = setting["dataset"]
     source = f"{PAPER}, section 5, figures 2-8"
     found = []
 

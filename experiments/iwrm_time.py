@@ -68,7 +68,7 @@ def time_rules(
     rules: Mapping[str, Any],
     console: Console,
     *,
-    networks: tuple[str, ...] = ("mnist",),
+    networks: tuple[str, ...] = ("mnist", "cifar10"),
     seconds: float = 6.0,
 ) -> None:
     """Append the times of SGD and of every rule on networks that the file does not hold yet."""

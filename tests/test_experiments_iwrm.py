@@ -48,9 +48,9 @@ def test_convolutions_and_maxima_are_what_xla_computes():
         dimension_numbers=numbers,
         feature_group_count=4,
     )
-    np.testing.assert_allclose(
-        networks.depthwise(x, grouped), expected[0] + grouped["b"], atol=1e-4
-    )
+    # XLA's outputs of a channel are neighbours, ours are one for every channel, then the next.
+    expected = expected[0].reshape(7, 6, 4, 2).swapaxes(2, 3).reshape(7, 6, 8) + grouped["b"]
+    np.testing.assert_allclose(networks.depthwise(x, grouped), expected, atol=1e-4)
     np.testing.assert_array_equal(networks.pool(x, 3), nn.max_pool(x, (3, 3), (3, 3)))
 
 
@@ -176,14 +176,12 @@ def test_timed_steps_of_the_mean_are_those_of_sgd_on_every_route():
 # --- data and the whole
 
 
-def test_subsets_differ_by_seed_and_shrinking_averages_squares():
+def test_subsets_differ_by_seed():
     setting = iwrm.Setting("digits", 1, examples=8)
     (a, labels), (b, _) = (iwrm.subset(setting, None, seed) for seed in (1, 2))
+    assert labels.shape == (8,)
     assert a.shape == (8, 16, 16, 1)
     assert not np.array_equal(a, b)
-    small, same = iwrm.subset(iwrm.Setting("digits", 1, examples=8, shrink=2), None, 1)
-    np.testing.assert_array_equal(labels, same)
-    np.testing.assert_allclose(small[0, 0, 1, 0], a[0, :2, 2:4, 0].mean(), rtol=1e-5)
     images, _ = iwrm.load("digits", None)
     np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-4)
 
@@ -239,7 +237,7 @@ def test_report_without_results_says_what_is_missing(tmp_path):
 def record_of(aggregator, seed, final, area, batch_size=32):
     setting = {"dataset": "mnist", "epochs": 2, "batch_size": batch_size, "optimizer": "sgd"}
     return {
-        "setting": setting | {"shrink": 2, "examples": 1024},
+        "setting": setting | {"examples": 1024},
         "aggregator": aggregator,
         "seed": seed,
         "learning_rate": 0.1 * area,

@@ -63,14 +63,16 @@ def conv(x: Array, layer: dict[str, Array]) -> Array:
 
 
 def depthwise(x: Array, layer: dict[str, Array]) -> Array:
-    """Convolve each channel with its own kernels (3, 3, channels, multiplier)."""
+    """Convolve each channel with its own kernels (3, 3, channels, multiplier).
+
+    All first kernels come before all second ones, unlike in PyTorch, where those of a channel are
+    neighbours: the inner loop then runs over channels, which takes less than half the time.
+    """
     height, width, _ = x.shape
-    out: Array = 0.0
-    for i in range(3):
-        for j in range(3):
-            shifted = x[i : height - 2 + i, j : width - 2 + j]
-            out = out + shifted[..., None] * layer["w"][i, j]
-    return out.reshape(*out.shape[:2], -1) + layer["b"]
+    shifted = [x[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
+    kernels = jnp.moveaxis(layer["w"], -1, 0).reshape(layer["w"].shape[-1], 9, -1)
+    out = [sum(x * w for x, w in zip(shifted, kernel, strict=True)) for kernel in kernels]
+    return jnp.concatenate(out, axis=-1) + layer["b"]
 
 
 def pool(x: Array, size: int) -> Array:
