@@ -1,6 +1,6 @@
 """The landscape of Liu et al. 2021 under three papers' methods: who reaches the Pareto front.
 
-    python -m experiments.toy --out experiments/results                  # a quarter of an hour
+    python -m experiments.toy --out experiments/results                  # a few minutes
     python -m experiments.toy --out experiments/results --report-only    # tables and figures alone
 
 Two parameters, two losses, Adam, and each paper's starts, steps, rates and noise; the landscape,
@@ -30,16 +30,20 @@ the first tenth), SMG with growing batch 0.065, MoCo 0.053 with a quarter of its
 **Aligned-MTL** (figures 1 and 6; exact starts, and two jittered ones). Runs of 25 (5 starts, 5 task
 weightings) that end on the front / at the weighted optimum, in float64:
 
-    float64: uniform 15 / 15, pcgrad 17 / 9, cagrad 17 / 16, imtl_g 25 / 6, nash_mtl 25 / 6,
-             aligned_mtl 24 / 20, aligned_mtl with weighted losses 25 / 20
-    float32: uniform 15 / 15, imtl_g 20 / 5,
+    float64: uniform 15 / 15, pcgrad 17 / 9, cagrad 17 / 16, imtl 25 / 6, imtl_g 25 / 12,
+             nash_mtl 25 / 6, aligned_mtl 24 / 20, aligned_mtl with weighted losses 25 / 20
+    float32: uniform 15 / 15, imtl 25 / 6, imtl_g 25 / 24,
              aligned_mtl 24 / 24, aligned_mtl with weighted losses 24 / 24
 
 The claim, all but one, holds to the number in float32, the precision of the authors' code. In
 float64 five runs are still on their way along the front when the 35,000 steps end: until the
 Gramian's small eigenvalue counts as zero, at 2 machine epsilons of the large one, the steps are
-scaled by its root, and in float64 that point comes late. (In float32 `imtl_g` stays at the start
-(0, 0), where its gradients are parallel within rounding.)
+scaled by its root, and in float64 that point comes late.
+
+`imtl` is the solution of IMTL's paper, which stops at the front. `imtl_g`, the library's, takes a
+pseudo-inverse, as the Jacobian-descent paper defines it for every rank: once the gradients are
+opposite within rounding its weights have opposite signs, and it slides along the front towards the
+optimum of the weighted sum, in float32 almost always and in float64 late.
 
 **LDC-MTL** (figure 1; L1 is scaled by 0.1). Balanced means 10 L1 = L2, on the front. From all seven
 starts `ldc_mtl` ends there (10 L1 - L2 = 0.00), with lambda = 1 and tau = 1, which the paper does
@@ -121,12 +125,28 @@ MOCO = {
     "moco_algorithm_1": Method(lambda w: jaxmtl.moco(num_tasks=2, beta=tracking_rate, gamma=0.1)),
 }
 
+
+def imtl_closed_form() -> jaxmtl.Aggregator:
+    """Return IMTL-G as its paper solves it, which for two tasks is weights 1 / |g_i|.
+
+    `jaxmtl.imtl_g` is the same by the pseudo-inverse, until the gradients are dependent within
+    rounding: of opposite ones it then takes the difference, and moves along the front.
+    """
+
+    def weigh(gramian: jax.Array) -> jax.Array:
+        norms = jnp.sqrt(jnp.diagonal(gramian))
+        return norms[::-1] / norms.sum()
+
+    return jaxmtl.from_weighting(weigh)
+
+
 # Only Aligned-MTL has task weights of its own (algorithm 1 of the paper); the authors' toy code
 # multiplies the losses by them, for every method.
 ALIGNED = {
     "uniform": Method(lambda w: jaxmtl.linear_scalarization(), weighted_losses=True),
     "pcgrad": Method(lambda w: jaxmtl.pcgrad(), weighted_losses=True),
     "cagrad": Method(lambda w: jaxmtl.cagrad(0.5), weighted_losses=True),
+    "imtl": Method(lambda w: imtl_closed_form(), weighted_losses=True),
     "imtl_g": Method(lambda w: jaxmtl.imtl_g(), weighted_losses=True),
     "nash_mtl": Method(lambda w: jaxmtl.nash_mtl(max_norm=1.0), weighted_losses=True),
     "aligned_mtl": Method(lambda w: jaxmtl.aligned_mtl(preference=w)),
@@ -229,7 +249,7 @@ PARTS = {
     # The paper's code is in float32, where rank one, hence the front, is met much earlier.
     "aligned_float32": Part(
         ALIGNED,
-        ("uniform", "imtl_g", "aligned_mtl", "aligned_mtl_weighted_losses"),
+        ("uniform", "imtl", "imtl_g", "aligned_mtl", "aligned_mtl_weighted_losses"),
         _ALIGNED,
         double=False,
     ),

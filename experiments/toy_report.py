@@ -258,7 +258,7 @@ def aligned_claims(records: dict[str, Record], single: dict[str, Record]) -> lis
         for precision, part in (("float32", single), ("float64", records))
         for name, form in forms.items()
     }
-    others = ("imtl_g", "nash_mtl")
+    others = ("imtl", "nash_mtl")
     equal = {name: hit[len(hit) // 2] for name, hit in optimum.items()}
     return [
         Claim(
@@ -341,7 +341,7 @@ CLAIMS: tuple[tuple[Callable[..., list[Claim]], dict[str, tuple[str, ...]]], ...
     (partial(front_claims, figure="figure 1", starts=3), {"moco_1": _RIVALS}),
     (partial(front_claims, figure="figure 2", starts=5), {"moco_2": _RIVALS}),
     (bias_claims, {"bias": ("smg", "smg_growing_batch", "moco")}),
-    (aligned_claims, {"aligned": (*_FORMS, "imtl_g", "nash_mtl"), "aligned_float32": _FORMS}),
+    (aligned_claims, {"aligned": (*_FORMS, "imtl", "nash_mtl"), "aligned_float32": _FORMS}),
     (ldc_claims, {"ldc": _BALANCERS}),
 )
 

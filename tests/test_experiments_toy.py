@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("flax", reason="the extra `experiments` is not installed")
 
+import jaxmtl
 from experiments import toy, toy_report
 from experiments._runs import VERDICTS
 from experiments.models import landscape
@@ -103,6 +104,18 @@ def test_a_run_is_adam_on_the_shorter_combination_of_two_gradients(x64):
             step = (mean / (1 - 0.9**k)) / (np.sqrt(square / (1 - 0.999**k)) + 1e-8)
             x = x - 0.1 / math.sqrt(k) * step
         np.testing.assert_allclose(end, x, atol=1e-4)  # records are rounded to four digits
+
+
+def test_closed_form_of_imtl_stops_at_the_front_where_the_pseudo_inverse_slides(x64):
+    def updates(rows):
+        for rule in (toy.imtl_closed_form(), jaxmtl.imtl_g()):
+            yield rule.update(jnp.array(rows), rule.init(jnp.zeros(2)), jnp.zeros(2))[0]
+
+    closed, inverse = updates([[3.0, 1.0], [-0.5, 2.0]])
+    np.testing.assert_allclose(closed, inverse, rtol=1e-12)
+    closed, inverse = updates([[3.0, 0.0], [-1.0, 0.0]])
+    np.testing.assert_allclose(closed, 0, atol=1e-12)
+    np.testing.assert_allclose(inverse, [5, 0], rtol=1e-12)  # (9 + 1) / (3 - 1)
 
 
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):

@@ -39,7 +39,9 @@ def imtl_g(*, num_tasks: int | None = None) -> base.Aggregator:
     **Properties**: weighted, permutation-equivariant, of degree 1; not linear under scaling,
     conflicting if the gradients are linearly dependent. The weights sum to 1 or are all 0; a
     sum within rounding of 0, relative to the sum of magnitudes (half of it at most), counts as 0.
-    Zero rows have weight 0.
+    Zero rows have weight 0. Discontinuous where the rank falls: two gradients near to opposite
+    have weights ``(|g2|, |g1|) / (|g1| + |g2|)``, whose update is close to 0; once they are
+    opposite within rounding, ``(|g1|, -|g2|) / (|g1| - |g2|)``, along the Pareto front.
 
     **Reference**: Liu et al. 2021 ("Towards impartial multi-task learning"), section 3.1, in
     the form for every rank of Quinton and Rey 2024, eq. 28-30.
