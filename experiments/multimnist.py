@@ -28,20 +28,18 @@ by more than 1.4 of its errors. CAGrad's lower losses come with a longer step (1
 **MNIST**, 3 seeds, one epoch, test accuracy in percent beside table 1 of Zhou et al. 2022:
 
     method                  left            right           Zhou 2022
-    linear_scalarization    96.89 +- 0.17   96.00 +- 0.23
-    mgda                    96.96 +- 0.14   95.37 +- 0.32   96.46  95.29
-    cr_mgda                 96.84 +- 0.15   95.86 +- 0.28   96.92  95.44
-    pcgrad                  96.89 +- 0.23   96.14 +- 0.15   96.63  95.37
+    linear_scalarization    96.76 +- 0.11   95.97 +- 0.16
+    mgda                    96.98 +- 0.08   95.63 +- 0.09   96.46  95.29
+    cr_mgda                 96.86 +- 0.17   96.02 +- 0.21   96.92  95.44
+    pcgrad                  96.71 +- 0.25   96.12 +- 0.03   96.63  95.37
     cr_pcgrad               96.67 +- 0.20   95.92 +- 0.17   96.90  95.75
-    cagrad                  96.77 +- 0.32   96.14 +- 0.34   96.47  95.20
-    cr_cagrad               96.70 +- 0.24   95.91 +- 0.23   96.85  95.70
-    upgrad                  96.90 +- 0.17   96.14 +- 0.17
+    cagrad                  96.85 +- 0.24   96.13 +- 0.15   96.47  95.20
+    cr_cagrad               96.70 +- 0.17   95.91 +- 0.40   96.85  95.70
+    upgrad                  96.82 +- 0.21   96.04 +- 0.04
 
-These records, but CR-PCGrad's, are of an earlier state of the library: MGDA's and two others, run
-again, differ by up to 0.9 % in a seed, as rounding does after many steps. The level is the paper's;
-its claim, that the CR- form improves both tasks of every method, is not
-reproduced: paired over seeds, CR- minus plain is -0.1 and +0.5 (MGDA), -0.2 and -0.2 (PCGrad), -0.1
-and -0.2 (CAGrad). Only on MGDA's weaker right digit does it help, and there by one standard error.
+The level is the paper's; its claim, that the CR- form improves both tasks of every method, is not
+reproduced: paired over seeds, CR- minus plain is -0.1 and +0.4 (MGDA), -0.1 and -0.2 (PCGrad), -0.2
+and -0.2 (CAGrad). Only on MGDA's weaker right digit does it help, by three standard errors.
 For two tasks UpGrad is PCGrad, so that their difference is what rounding alone can do.
 Corollary 1 lets the weights move by at most eta_k / (eta_1 k) in a step (0.7 % at k = 100, 0.01 %
 at the end), so that a CR- form is close to a linear scalarization with slowly varying weights.
