@@ -106,7 +106,7 @@ def compare(best: Best, first: str, second: str) -> tuple[str, list[bool]]:
     by_seed = [{r["seed"]: r for r in best[name]} for name in (first, second)]
     both = [(by_seed[0][s], by_seed[1][s]) for s in by_seed[0] if s in by_seed[1]]
     a, b = ([pair[i]["final_loss"] for pair in both] for i in (0, 1))
-    text = f"{show(a, digits=3)} against {show(b, digits=3)}"
+    text = f"{show(a, digits=4)} against {show(b, digits=4)}"
     lower = [mean([p["final_loss"] - q["final_loss"] for p, q in both]) < 0]
     difference, error = mean_and_error([p["area"] - q["area"] for p, q in both])
     lower += [difference < 0, difference + error < 0]
