@@ -438,6 +438,9 @@ def train_all(
 
 # --- main ---------------------------------------------------------------------------------------
 
+# A rule of each route.
+SMOKE_METHODS = [SINGLE, "linear_scalarization", "upgrad", "famo", "modo", "swept_scalarization"]
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line; options that are not given come from the preset of the data set."""
@@ -447,7 +450,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--datasets", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="DATASET")
     add("--data-dir", help="folder of the tables; by default they are downloaded from OpenML")
     add("--out", type=Path, default=Path("results"), help="folder of results and figures")
-    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
+    add("--methods", nargs="+", choices=methods, metavar="METHOD", help="by default all")
     add("--models", nargs="+", choices=("shared_bottom", "mmoe"), help="all of the data set's")
     add("--seeds", type=int, default=5)
     add("--epochs", type=int)
@@ -455,7 +458,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rates", type=float, nargs="+")
     add("--resume", action="store_true", help="keep what the results file holds already")
     add("--report-only", action="store_true", help="tables and figures of existing results")
-    add("--smoke", action="store_true", help="made-up tables, two seeds, a few steps")
+    add("--smoke", action="store_true", help="made-up tables, two seeds, a few steps and methods")
     return parser.parse_args(argv)
 
 
@@ -488,6 +491,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, then report."""
     args = parse(argv)
     console = make_console()
+    args.methods = args.methods or (SMOKE_METHODS if args.smoke else [SINGLE, *RULES])
     if args.smoke:
         args.seeds = 2
     for dataset in args.datasets:
