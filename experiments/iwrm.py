@@ -1,6 +1,6 @@
 """Instance-wise risk minimisation: every image of a batch is a task.
 
-    python -m experiments.iwrm --data-dir DIR --out experiments/results     # two or three hours
+    python -m experiments.iwrm --data-dir DIR --out experiments/results     # four hours
     python -m experiments.iwrm --paper --full-search                        # the paper's scale
 
 Small convolutional networks learn 1,024 images by SGD; each step turns the gradients of the 32
@@ -15,8 +15,8 @@ comes from the Gramian for nothing; one compiled program serves all of them, wit
 argument. GradDrop needs coordinates and takes the Jacobian. On CPU seeds are trained in turn: all
 at once each takes longer, since batches of matrix products are slower than one product and the
 activations of eight seeds leave the caches. On an accelerator the full search maps the seeds. With
-`XLA_FLAGS=--xla_cpu_multi_thread_eigen=false` a training of MNIST takes one core 15 seconds, of
-CIFAR-10 18 to 30, of Fashion-MNIST 48: two parts at a time keep two cores busy.
+`XLA_FLAGS=--xla_cpu_multi_thread_eigen=false` a training of MNIST takes one core 16 seconds, of
+CIFAR-10 21, of Fashion-MNIST 47 (medians): two parts at a time keep two cores busy.
 
 **The paper's data sets and networks**, area under the loss curve and loss at the end, at each
 seed's best rate:
@@ -177,7 +177,7 @@ PAPER = {
     "batch_size": Part(tuple(Setting("cifar10", 20, b) for b in (4, 64, 16)), FEW),
     "adam": Part((Setting("cifar10", 15, optimizer="adam"),)),
 }
-# What two CPU cores train in two hours, one process each.
+# What takes one CPU core four hours.
 REDUCED = {
     "mnist": PAPER["mnist"],
     "fashion_mnist": PAPER["fashion_mnist"]._replace(seeds=2),

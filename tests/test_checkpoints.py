@@ -77,7 +77,7 @@ def test_on_other_devices_the_continued_run_agrees(runs, tmp_path):
     for rule, (_, parts) in runs.items():
         shutil.copytree(parts, tmp_path / rule)
     env = os.environ | {
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
     }
     result = subprocess.run(
