@@ -25,6 +25,7 @@ LAYERS = (
     "weightings",
     "balancing",
     "aggregators",
+    "arguments",
     "jacobian",
     "nested",
     "engine",
