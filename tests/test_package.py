@@ -28,6 +28,7 @@ LAYERS = (
     "transforms",
     "rules",
     "combinators",
+    "arguments",
     "jacobian",
     "nested",
     "engine",

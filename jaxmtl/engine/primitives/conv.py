@@ -6,24 +6,21 @@ gradient; as the transpose of a mapped convolution it would be a grouped convolu
 about 80 times slower on CPU. The weighted sum over examples takes the same form.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl.engine.primitives.primitive import Primitive
 from jaxmtl.engine.program import PARAM, Use
-
-Array = Any
 
 _MAX_OFFSETS = 128
 
 
-def supported(use: Use) -> bool:
-    """Whether `gradients` covers this use: a PARAM kernel outside loops, of moderate size."""
+def _has_gradients(use: Use) -> bool:
+    """Tells whether ``_gradients`` covers this use: a kernel outside loops, of moderate size."""
     if use.name != "conv_general_dilated" or use.loops or len(use.ins) != 2:
         return False
     if use.ins[1].kind != PARAM or use.ins[0].kind == PARAM:
@@ -33,17 +30,17 @@ def supported(use: Use) -> bool:
     return params["batch_group_count"] == 1 and math.prod(spatial) <= _MAX_OFFSETS
 
 
-def gradients(use: Use, x: Array, y: Array, summed: bool = False) -> Array:
-    """Return the gradient of the kernel for each example, or their sum.
+def _gradients(use: Use, x: jax.Array, y: jax.Array, summed: bool = False) -> jax.Array:
+    """Returns the gradient of the kernel for each example, or their sum.
 
     Args:
-      use: a supported convolution.
-      x: its inputs, `(examples, *input shape)`.
-      y: cotangents of its outputs, `(examples, *output shape)`.
-      summed: whether to sum over the examples.
+      use: A supported convolution.
+      x: Its inputs, ``(examples, *input shape)``.
+      y: Cotangents of its outputs, ``(examples, *output shape)``.
+      summed: Whether to sum over the examples.
 
     Returns:
-      `(examples, *kernel shape)`, or `kernel shape`.
+      ``(examples, *kernel shape)``, or ``kernel shape``.
     """
     params = use.eqn.params
     lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
@@ -84,9 +81,14 @@ def gradients(use: Use, x: Array, y: Array, summed: bool = False) -> Array:
 
 
 def _one_offset(
-    x: Array, y: Array, groups: int, per_group: tuple[int, int], summed: bool, dtype: Any
-) -> Array:
-    """Return `(examples, inputs per group, outputs)`, without examples if summed."""
+    x: jax.Array,
+    y: jax.Array,
+    groups: int,
+    per_group: tuple[int, int],
+    summed: bool,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns ``(examples, inputs per group, outputs)``, without examples if summed."""
     positions = range(0 if summed else 1, x.ndim - 1)
     inputs, outputs = per_group
     examples = [] if summed else [0]
@@ -107,3 +109,13 @@ def _one_offset(
         found = lax.dot_general(x, y, numbers, preferred_element_type=dtype)
         found = jnp.moveaxis(found, -3, -2)
     return found.reshape(*found.shape[:-2], groups * outputs)
+
+
+RULES = {
+    "conv_general_dilated": Primitive(
+        has_gradients=_has_gradients,
+        gradients=_gradients,
+        reason="convolution: the gradients of examples are products of shifted inputs",
+        is_linear=True,
+    )
+}

@@ -1,21 +1,17 @@
-"""Table lookups: embeddings (`gather`) and single rows (`dynamic_slice`)."""
+"""Table lookups: embeddings (``gather``) and single rows (``dynamic_slice``)."""
 
-from __future__ import annotations
-
-from typing import Any
-
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.engine.factors import Factors
+from jaxmtl.engine.primitives.primitive import Primitive
 from jaxmtl.engine.program import DATA, PARAM, Use
 
-Array = Any
 
-
-def factors(use: Use) -> Factors | None:
-    """Return the factors of a lookup along one axis of a table; X are the indices.
+def _factors(use: Use) -> Factors | None:
+    """Returns the factors of a lookup along one axis of a table; X are the indices.
 
     Other gathers (windows, several indexed axes) take the per-example gradient.
     """
@@ -47,9 +43,9 @@ def factors(use: Use) -> Factors | None:
     return None
 
 
-def indices(use: Use, residual: Array, axis: int) -> Array:
-    """Return the row that each lookup reads, -1 where it reads none, `(examples, *positions)`."""
-    size = use.ins[0].aval.shape[axis]
+def _indices(use: Use, residual: jax.Array, factors: Factors) -> jax.Array:
+    """Returns the row that each lookup reads, -1 for none: ``(examples, *positions)``."""
+    size = use.ins[0].aval.shape[factors.lookup or 0]
     if use.name == "dynamic_slice":
         # A position for the unit axis of the slice, as in the cotangent.
         return jnp.clip(residual, 0, size - 1)[..., None]
@@ -57,3 +53,9 @@ def indices(use: Use, residual: Array, axis: int) -> Array:
     if use.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
         return jnp.clip(index, 0, size - 1)
     return jnp.where((index >= 0) & (index < size), index, -1)
+
+
+RULES = dict.fromkeys(
+    ("gather", "dynamic_slice"),
+    Primitive(factors=_factors, left=_indices, is_linear=True, writes_rows=True),
+)

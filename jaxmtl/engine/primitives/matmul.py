@@ -1,13 +1,12 @@
-"""`dot_general` with one PARAM operand: dense layers, attention projections, einsum."""
-
-from __future__ import annotations
+"""``dot_general`` with one PARAM operand: dense layers, attention projections, einsum."""
 
 from jaxmtl.engine.factors import Factors
+from jaxmtl.engine.primitives.primitive import Primitive
 from jaxmtl.engine.program import PARAM, Use
 
 
-def factors(use: Use) -> Factors | None:
-    """Return the factors of a matrix product: X is the other operand, Y the output's cotangent."""
+def _factors(use: Use) -> Factors | None:
+    """Returns the factors of a matrix product: X is the other operand, Y the output's cotangent."""
     if use.name != "dot_general" or len(use.ins) != 2 or len(use.data) != 1:
         return None
     side = 0 if use.ins[0].kind == PARAM else 1
@@ -33,3 +32,6 @@ def _free(ndim: int, *taken: tuple[int, ...]) -> list[int]:
 
 def _pairs(axes: tuple[tuple[int, ...], tuple[int, ...]], side: int) -> list[tuple[int, int]]:
     return list(zip(axes[side], axes[1 - side], strict=True))
+
+
+RULES = {"dot_general": Primitive(factors=_factors, is_linear=True)}
