@@ -5,15 +5,18 @@ Each returns a `Solution`: the value and its relative KKT residual.
 
 from jaxmtl.solvers.bargaining import bargaining
 from jaxmtl.solvers.cagrad import worst_improvement
+from jaxmtl.solvers.jacobi_svd import SingularSystem, singular_system
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
 from jaxmtl.solvers.quadratic import min_norm, project_dual_cone, project_simplex
 
 __all__ = [
+    "SingularSystem",
     "Solution",
     "bargaining",
     "min_norm",
     "nonneg_qp",
     "project_dual_cone",
     "project_simplex",
+    "singular_system",
     "worst_improvement",
 ]
