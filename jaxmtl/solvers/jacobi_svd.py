@@ -137,20 +137,23 @@ def _orthogonal_rows(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         relative = bottom_scale / top_scale
         x, y = jnp.sqrt(jnp.where(both, a, 1)), jnp.sqrt(jnp.where(both, b, 1))
         cosine = jnp.where(both, product, 0) / x / y
-        y = y * relative
-        # The tangent t is ratio * slope: sound for every ratio of the norms.
-        ratio = jnp.minimum(x, y) / jnp.maximum(x, y)
+        ratio = y * relative / x
+        first = ratio <= 1  # the top row is the longer one
+        ratio = jnp.where(first, ratio, x / (y * relative))
         gap = (1 - ratio) * (1 + ratio)
         # Between rows of different norm the smallest cosine counts: it is all that the vector of
         # the one has of the task of the other. Between equal ones it would turn them for nothing.
         turned = (jnp.abs(cosine) > level) | (gap > 0.5)
         cosine = jnp.where(turned, cosine, 0)
+        # The tangent is ratio * slope; together with the scales it stays inside the format.
         root = jnp.sqrt(gap * gap + (2 * ratio * cosine) ** 2)
         slope = 2 * cosine / jnp.where(turned, gap + root, 1)
-        tangent = jnp.where(x >= y, 1, -1) * ratio * slope
+        tangent = ratio * slope
         length = lax.rsqrt(1 + tangent * tangent)[:, None]
-        new_top = length * (top + (tangent * relative)[:, None] * bottom)
-        new_bottom = length * (bottom - (tangent / relative)[:, None] * top)
+        up = jnp.where(first, tangent * relative, -slope * x / y)
+        down = jnp.where(first, slope * y / x, -tangent / relative)
+        new_top = length * (top + up[:, None] * bottom)
+        new_bottom = length * (bottom - down[:, None] * top)
         # How far from orthogonal, in proportion to the terms of the product: in a graded system a
         # tiny product of tiny terms is not yet zero.
         terms = jnp.sum(jnp.abs(top * bottom), 1)
