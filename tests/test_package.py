@@ -18,8 +18,8 @@ PACKAGE = Path(jaxmtl.__file__).parent
 # Each layer imports only from those before it, and never in a circle within itself.
 LAYERS = (
     "types",
-    "solvers",
     "linalg",
+    "solvers",
     "checks",
     "tasks",
     "learned",

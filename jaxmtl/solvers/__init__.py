@@ -5,6 +5,7 @@ Each returns a `Solution`: the value and its relative KKT residual.
 
 from jaxmtl.solvers.bargaining import bargaining
 from jaxmtl.solvers.cagrad import worst_improvement
+from jaxmtl.solvers.jacobi_svd import SingularSystem, singular_system
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
 from jaxmtl.solvers.pseudo_inverse import pseudo_inverse
 from jaxmtl.solvers.quadratic import (
@@ -15,6 +16,7 @@ from jaxmtl.solvers.quadratic import (
 )
 
 __all__ = [
+    "SingularSystem",
     "Solution",
     "bargaining",
     "min_norm",
@@ -23,5 +25,6 @@ __all__ = [
     "project_simplex",
     "pseudo_inverse",
     "row_normalized",
+    "singular_system",
     "worst_improvement",
 ]
