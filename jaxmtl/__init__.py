@@ -1,6 +1,6 @@
 """Multi-task and multi-objective training in JAX: the way optax is for optimizers."""
 
-from jaxmtl import metrics, solvers
+from jaxmtl import fronts, metrics, solvers
 from jaxmtl.aggregators.db_mtl import db_mtl
 from jaxmtl.aggregators.excess_mtl import excess_mtl
 from jaxmtl.aggregators.graddrop import graddrop
@@ -61,6 +61,7 @@ __all__ = [
     "fairgrad",
     "famo",
     "from_weighting",
+    "fronts",
     "gls",
     "go4align",
     "graddrop",
