@@ -19,6 +19,7 @@ from jaxmtl.balancing.stch import stch
 from jaxmtl.base import Aggregator, Weighting, apply_updates, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from jaxmtl.gauss_newton import gauss_newton
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
 from jaxmtl.nested import hypergradient
@@ -62,6 +63,7 @@ __all__ = [
     "famo",
     "from_weighting",
     "fronts",
+    "gauss_newton",
     "gls",
     "go4align",
     "graddrop",

@@ -355,8 +355,8 @@ def train(
         losses = jnp.asarray(losses_fn(params, *_args(last)))
         return Front(params, losses, history, state)
 
-    out_axes = Front(0, 0, 1, 0)
-    return jax.vmap(run, (0, 0 if stacked else None), out_axes)(preferences, params)
+    out_axes: Any = (0, 0, 1, 0)
+    return jax.vmap(run, (0, 0 if stacked else None), Front(*out_axes))(preferences, params)
 
 
 def _args(batch: PyTree) -> tuple[PyTree, ...]:

@@ -151,7 +151,8 @@ def test_under_vmap_the_measures_are_those_of_each_set(x64):
     ("m", "partitions", "count"), [(1, 3, 1), (2, 4, 5), (3, 4, 15), (4, 3, 20)]
 )
 def test_preferences_are_all_multiples_that_sum_to_one(m, partitions, count):
-    whole = [c for c in itertools.product(range(partitions + 1), repeat=m) if sum(c) == partitions]
+    counts = itertools.product(range(partitions + 1), repeat=m)
+    whole = [c for c in counts if sum(c) == partitions]
     found = fronts.preferences(m, partitions)
     assert found.shape == (count, m)
     np.testing.assert_allclose(found, np.array(sorted(whole)) / partitions, rtol=1e-6)

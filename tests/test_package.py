@@ -29,6 +29,7 @@ LAYERS = (
     "nested",
     "engine",
     "fronts",
+    "gauss_newton",
     "metrics",
     "flax",
 )

@@ -94,5 +94,5 @@ def test_the_fronts_by_formula_bound_the_problems(make, x64):
 
 
 def test_a_front_that_is_in_a_file_is_asked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match="re_suite.zip"):
+    with pytest.raises(FileNotFoundError, match=r"re_suite\.zip"):
         problems.load_front(problems.re21(), tmp_path)

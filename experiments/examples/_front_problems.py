@@ -74,7 +74,16 @@ def read_suite(data_dir: Path | None, name: str) -> np.ndarray:
             f"--data-dir names, got {data_dir}"
         )
     with ZipFile(path) as archive, archive.open(f"re/{name}") as file:
-        return np.loadtxt(file)
+        numbers: np.ndarray = np.loadtxt(file)
+    return numbers
+
+
+def _evenly(curve: np.ndarray, points: int) -> np.ndarray:
+    """Returns points of a curve (d, 2), drawn densely, at even distances along it."""
+    steps = np.linalg.norm(np.diff(curve, axis=0), axis=1)
+    steps = np.where(steps > 20 * np.median(steps), 0, steps)  # from one piece to the next
+    along = np.concatenate([[0], np.cumsum(steps)])
+    return curve[np.searchsorted(along, np.linspace(0, 1, points) * along[-1] * (1 - 1e-9))]
 
 
 # --- problems by formula ----------------------------------------------------------------------
@@ -88,9 +97,9 @@ def _vlmop(name: str, bend: Callable[[jax.Array], jax.Array], worst: float) -> P
         return bend(jnp.sum((x - ends) ** 2, axis=1))
 
     def front(points: int) -> np.ndarray:
-        along = np.linspace(-1, 1, points)
+        along = np.linspace(-1, 1, 50 * points)
         squares = np.stack([(along - 1) ** 2, (along + 1) ** 2], axis=1)
-        return np.asarray(bend(squares))
+        return _evenly(np.asarray(bend(jnp.asarray(squares))), points)
 
     corner = np.array([worst, worst])
     return Problem(name, evaluate, -np.ones(n), np.ones(n), np.zeros(2), corner, front)
@@ -114,11 +123,11 @@ def _zdt(name: str, shape: Callable[[jax.Array, jax.Array], jax.Array], nadir: f
         return jnp.stack([first, g * shape(first, g)])
 
     def front(points: int) -> np.ndarray:
-        # Where pieces of the curve are dominated (ZDT3) more of it is drawn than is kept.
-        first = np.linspace(0, 1, points if name != "ZDT3" else 4 * points)
-        curve = np.stack([first, np.asarray(shape(first, np.ones_like(first)))], axis=1)
-        lower = np.minimum.accumulate(curve[:, 1])
-        return curve[(curve[:, 1] <= lower) & (np.diff(lower, prepend=np.inf) < 0)]
+        first = np.linspace(0, 1, 50 * points)
+        heights = np.asarray(shape(jnp.asarray(first), jnp.ones(len(first))))
+        lower = np.minimum.accumulate(heights)
+        kept = (heights <= lower) & (np.diff(lower, prepend=np.inf) < 0)  # not dominated
+        return _evenly(np.stack([first, heights], axis=1)[kept], points)
 
     ideal = np.array([0.0, 0.0 if name != "ZDT3" else -0.7733690])
     high = np.array([1.0 if name != "ZDT3" else 0.8518328, nadir])
