@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxmtl import base
 from jaxmtl.engine import value_and_grad
 from jaxmtl.jacobian import value_and_jacobian
+from jaxmtl.loop import apply_updates
+from jaxmtl.types import Aggregator
 
 PyTree = Any
 
@@ -347,7 +348,7 @@ def train(
         def advance(carry: PyTree, batch: PyTree) -> tuple[PyTree, jax.Array]:
             params, state = carry
             losses, updates, state = update(params, state, *_args(batch))
-            params = base.apply_updates(params, updates)
+            params = apply_updates(params, updates)
             return (project(params) if project is not None else params, state), losses
 
         (params, state), history = lax.scan(advance, (params, init(params)), batches, length=steps)
@@ -381,7 +382,7 @@ def _with_jacobian(
 
 def _without_jacobian(
     losses_fn: Callable[..., jax.Array],
-    aggregator: base.Aggregator,
+    aggregator: Aggregator,
     optimizer: optax.GradientTransformation,
 ) -> _Step:
     evaluate = value_and_grad(losses_fn, aggregator)
