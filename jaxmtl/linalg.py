@@ -346,7 +346,7 @@ def without_rounding(update: PyTree, jacobian: PyTree, weights: jax.Array) -> Py
     return jax.tree.map(lambda x: jnp.where(noise, jnp.zeros_like(x), x), update)
 
 
-def normalise_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scales a Gramian by an exact power of four so that its largest diagonal entry is near 1.
 
     Returns:

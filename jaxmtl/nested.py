@@ -8,17 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from jaxmtl import base
+from jaxmtl import checks
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import accumulation_dtype
 
 PyTree = Any
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected {name} to be an int of at least 1, got {value!r}")
-    return value
 
 
 def hypergradient(
@@ -79,11 +73,11 @@ def hypergradient(
     >>> print(losses, jacobian)
     [0.5 1. ] [2. 2.]
     """
-    steps = _positive_int("num_steps", num_steps)
-    _positive_int("solver_steps", solver_steps)
-    base.check_choice("solver", solver, ("cg", "neumann"))
+    steps = checks.check_int("num_steps", num_steps)
+    checks.check_int("solver_steps", solver_steps)
+    checks.check_choice("solver", solver, ("cg", "neumann"))
     if not callable(step_size):
-        base.check_range("step_size", step_size, 0, closed="right")
+        checks.check_range("step_size", step_size, 0, closed="right")
     scale: Any = step_size if solver_step_size is None else solver_step_size
     if solver == "neumann" and callable(scale):
         raise ValueError(

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, linalg
-from jaxmtl.engine import factors, routes
+from jaxmtl.engine import routes
 from jaxmtl.engine.route import Options
-
-PyTree = Any
+from jaxmtl.types import Aggregator, PyTree
 
 
 def value_and_gramian(
@@ -89,7 +88,7 @@ def value_and_gramian(
 
 def value_and_grad(
     losses_fn: Callable[..., Any],
-    aggregator: base.Aggregator,
+    aggregator: Aggregator,
     *,
     in_axes: Any = None,
     encoder: Callable[..., Any] | None = None,
@@ -125,7 +124,7 @@ def value_and_grad(
     >>> import jax.numpy as jnp
     >>> from jaxmtl import base
     >>> from jaxmtl.engine import value_and_grad
-    >>> mean = base.from_weighting(lambda gramian: jnp.full(len(gramian), 1 / len(gramian)))
+    >>> mean = base.from_weighting(lambda m: jnp.full(m, 1 / m))
     >>> def losses_fn(params, targets):
     ...     return (params - targets) ** 2 / 2
     >>> params, state = jnp.zeros(2), mean.init(jnp.zeros(2))
@@ -144,18 +143,17 @@ def value_and_grad(
             "losses=losses)"
         )
     rule = getattr(weighting, "rule", None)
-    reads_gramian = rule is None or "gramian" in rule.reads
+    reads_gramian = rule is None or "gramian" in rule.needs
 
     def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
         found = routes.evaluate(options, params, args, reads_gramian)
         if encoder is not None:
             extra.setdefault("features", found.features)
         losses = linalg.whole(lax.stop_gradient(found.losses))
-        if reads_gramian:
-            gramian = lax.stop_gradient(found.gramian())
-        else:  # which takes no more than m and the dtype from it
-            dtype = factors.gramian_dtype(losses, *map(jnp.asarray, jax.tree.leaves(params)))
-            gramian = jnp.zeros((losses.shape[0],) * 2, dtype)
+        gramian = lax.stop_gradient(found.gramian()) if reads_gramian else None
+        if rule is not None:
+            dtype = linalg.accumulation_dtype(losses, params)
+            extra |= {"m": losses.shape[0], "dtype": dtype}
         weights, new_state = weighting.update(gramian, state, losses=losses, **extra)
         weights = lax.stop_gradient(weights)
         mask = extra.get("task_mask")

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jaxmtl import arguments
 from jaxmtl.engine import per_task
 from jaxmtl.engine.route import Options, Pull
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 class PerFeature(per_task.Tasks):

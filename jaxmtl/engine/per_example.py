@@ -17,8 +17,8 @@ from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import DATA, Use
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
+from jaxmtl.types import PyTree
 
-PyTree = Any
 # Of one group: those of each leaf for "leaf rows", those of its value for "rows".
 Rows = dict[int, jax.Array]
 _OF_VALUE = -1

@@ -12,8 +12,7 @@ from jax import lax
 
 from jaxmtl import arguments, linalg
 from jaxmtl.engine.route import Options, Pull
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 @functools.partial(

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, linalg
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

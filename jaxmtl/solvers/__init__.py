@@ -6,7 +6,13 @@ Each returns a `Solution`: the value and its relative KKT residual.
 from jaxmtl.solvers.bargaining import bargaining
 from jaxmtl.solvers.cagrad import worst_improvement
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
-from jaxmtl.solvers.quadratic import min_norm, project_dual_cone, project_simplex
+from jaxmtl.solvers.pseudo_inverse import pseudo_inverse
+from jaxmtl.solvers.quadratic import (
+    min_norm,
+    project_dual_cone,
+    project_simplex,
+    row_normalized,
+)
 
 __all__ = [
     "Solution",
@@ -15,5 +21,7 @@ __all__ = [
     "nonneg_qp",
     "project_dual_cone",
     "project_simplex",
+    "pseudo_inverse",
+    "row_normalized",
     "worst_improvement",
 ]
