@@ -61,6 +61,9 @@ class Route(Protocol):
     def gramian(self) -> jax.Array:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit; computed only if called."""
 
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
+
     def cross(self, other: Any) -> jax.Array:
         """Returns ``J_1 J_2^T``, with J_2 that of the same function on another batch."""
 
