@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, linalg
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 def value_and_jacobian(

@@ -10,9 +10,7 @@ from jax import lax
 from jaxmtl import base, linalg
 from jaxmtl.engine import routes
 from jaxmtl.engine.route import Options
-from jaxmtl.types import Aggregator
-
-PyTree = Any
+from jaxmtl.types import Aggregator, PyTree
 
 
 def value_and_gramian(
@@ -152,7 +150,11 @@ def value_and_grad(
         if encoder is not None:
             extra.setdefault("features", found.features)
         losses = linalg.whole(lax.stop_gradient(found.losses))
-        gramian = lax.stop_gradient(found.gramian()) if reads_gramian else None
+        gramian = None
+        if rule is None:
+            gramian = lax.stop_gradient(found.gramian())
+        elif reads_gramian:
+            gramian, extra["log2_scale"] = lax.stop_gradient(found.balanced_gramian())
         if rule is not None:
             dtype = linalg.accumulation_dtype(losses, params)
             extra |= {"m": losses.shape[0], "dtype": dtype}

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, linalg
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,9 @@ class Route(Protocol):
 
     def gramian(self) -> jax.Array:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit; computed only if called."""
+
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
 
     def cross(self, other: Any) -> jax.Array:
         """Returns ``J_1 J_2^T``, with J_2 that of the same function on another batch."""

@@ -6,8 +6,7 @@ from jaxmtl.engine.encoder import PerFeature
 from jaxmtl.engine.per_example import PerExample
 from jaxmtl.engine.per_task import PerTask
 from jaxmtl.engine.route import Options, Route
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 def evaluate(
