@@ -3,6 +3,7 @@
 Each test names its statement. Expectations are exact where noise takes finitely many values.
 """
 
+import gzip
 import os
 from pathlib import Path
 
@@ -457,7 +458,41 @@ def test_ldc_mtl_reaches_stationary_points():
 
 
 def test_the_lower_gradient_vanishes_on_a_table():
-    """Figure 3: |grad_W g(W, x)| is far larger than at z_N, N = 50, on Yeast's fourteen labels."""
-    path = Path(os.environ.get("JAXMTL_DATA", "/nowhere")) / "tables" / "yeast.csv.gz"
+    """Figure 3: |grad_W g(W, x)| is on average a hundred times that at z_N, N = 50.
+
+    The labels of 64 genes of Yeast by a network that can learn them all.
+    """
+    path = Path(os.environ.get("JAXMTL_DATA", "")) / "tables" / "yeast.csv.gz"
     if not path.exists():
-        pytest.skip("needs tables/yeast.csv.gz in the folder that JAXMTL_DATA names")
+        pytest.skip("needs JAXMTL_DATA, a folder with tables/yeast.csv.gz")
+    with gzip.open(path, "rt") as file:
+        table = np.genfromtxt(file, delimiter=",", skip_header=1, max_rows=64)
+    inputs, labels = table[:, :-14], jnp.asarray(table[:, -14:])
+    inputs = jnp.asarray((inputs - inputs.mean(0)) / inputs.std(0))
+    first, last = jax.random.split(jax.random.key(0))
+    params = {
+        "first": jax.random.normal(first, (103, 1024)) * np.sqrt(2 / 103),
+        "last": jax.random.normal(last, (1024, 14)) / np.sqrt(1024),
+    }
+
+    def losses(params):
+        logits = jax.nn.relu(inputs @ params["first"]) @ params["last"]
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=0)
+
+    aggregator = jaxmtl.ldc_mtl(num_tasks=14, double_loop=True)
+    lower = descend_lower(losses, aggregator, num_steps=50, step_size=7.0)
+    value_and_grad = jaxmtl.value_and_grad(losses, aggregator)
+
+    def step(carry, _):
+        params, state = carry
+        reached = lower(params, state)
+        router = optax.tree.get(state, "router").values["logits"]
+        (here, state), update = value_and_grad(params, state, lower_losses=reached)
+        slope = jax.grad(lambda logits, values: jax.nn.softmax(logits) @ values)
+        ratio = jnp.linalg.norm(slope(router, here)) / jnp.linalg.norm(slope(router, reached))
+        return (jax.tree.map(lambda p, g: p - 0.04 * g, params, update), state), ratio
+
+    start = (params, aggregator.init(params))
+    ratios = jax.jit(lambda carry: jax.lax.scan(step, carry, None, 30)[1])(start)
+    assert np.mean(ratios) > 100
+    assert np.min(ratios) > 10
