@@ -142,7 +142,7 @@ def needs_of(aggregator: Any) -> str:
     weighting = getattr(aggregator, "weighting", None)  # a chain has none
     if weighting is None:
         return "coordinates"
-    return "Gramian" if "gramian" in weighting.rule.reads else "none"
+    return "Gramian" if "gramian" in weighting.rule.needs else "none"
 
 
 def make_direction(

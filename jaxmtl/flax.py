@@ -8,7 +8,8 @@ from typing import Any
 
 import optax
 
-from jaxmtl import base
+from jaxmtl import checks
+from jaxmtl.types import INPUTS
 
 try:
     from flax import struct
@@ -20,19 +21,8 @@ except ImportError as error:
 
 PyTree = Any
 
-# What the methods here read, and what optax's line searches and `reduce_on_plateau` do.
-UPDATE_INPUTS = (
-    "losses",
-    "key",
-    "task_mask",
-    "cross_gramian",
-    "previous_batch_losses",
-    "features",
-    "lower_losses",
-    "value",
-    "grad",
-    "value_fn",
-)
+# What the methods read, and what optax's line searches and `reduce_on_plateau` do.
+UPDATE_INPUTS = (*INPUTS, "task_mask", "value", "grad", "value_fn")
 SET_BY_THE_STEP = ("step", "params", "opt_state")
 
 
@@ -41,8 +31,8 @@ class TrainState(train_state.TrainState, kw_only=True):
 
     ``apply_gradients(grads=jacobian, losses=losses, batch_stats=stats)`` sorts its keywords by
     name alone: a *field* of the state (``batch_stats`` of a subclass) is replaced, as in Flax;
-    an *update input* is passed to ``tx.update``. Update inputs are ``losses``, ``key``,
-    ``task_mask``, ``cross_gramian``, ``previous_batch_losses``, ``features``, ``lower_losses``,
+    an *update input* is passed to ``tx.update``. Update inputs are those of the methods
+    (``losses``, ``key``, ``task_mask``, ``preference`` and all others that one of them reads),
     optax's ``value``, ``grad`` and ``value_fn``, and the names in ``extra_args``. Any other name
     is refused, and so is one that is both.
 
@@ -93,13 +83,13 @@ class TrainState(train_state.TrainState, kw_only=True):
 
         def update(rows: PyTree, opt_state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
             updates, opt_state = self.tx.update(rows, opt_state, params, **inputs)
-            base.check_updates(params, updates)
+            checks.check_updates(params, updates)
             return updates, opt_state
 
         # Flax's own step, which knows parameters that are overwritten by their gradients.
         bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new = train_state.TrainState.apply_gradients(bound, grads=grads)
-        base.check_updates(self.params, new.params)
+        checks.check_updates(self.params, new.params)
         return new.replace(**{"tx": self.tx, **fields})
 
     def _sort(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

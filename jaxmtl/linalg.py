@@ -106,6 +106,13 @@ def row_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )
 
 
+def symmetric(product: jax.Array) -> jax.Array:
+    """Returns a Gramian with both sides of the diagonal rounded alike."""
+    # Fused into its own transpose, a sum of products would not round alike on both sides.
+    product = lax.optimization_barrier(product)
+    return (product + product.T) / 2
+
+
 def num_rows(jacobian: PyTree) -> int:
     """Returns m, the length that the leading axis of every leaf must share.
 
@@ -339,7 +346,7 @@ def without_rounding(update: PyTree, jacobian: PyTree, weights: jax.Array) -> Py
     return jax.tree.map(lambda x: jnp.where(noise, jnp.zeros_like(x), x), update)
 
 
-def normalise_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scales a Gramian by an exact power of four so that its largest diagonal entry is near 1.
 
     Returns:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmtl import linalg, solvers
-from jaxmtl.solvers.quadratic import row_normalised
+from jaxmtl.solvers import row_normalized
 
 PyTree = Any
 
@@ -38,7 +38,7 @@ def cosine_similarities(gramian: jax.Array) -> jax.Array:
     [[ 1.  -0.5]
      [-0.5  1. ]]
     """
-    return jnp.clip(row_normalised(linalg.normalise_gramian(gramian)[0])[0], -1, 1)
+    return jnp.clip(row_normalized(linalg.normalize_gramian(gramian)[0])[0], -1, 1)
 
 
 def conflict_rate(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
@@ -80,7 +80,7 @@ def gradient_magnitude_similarity(gramian: jax.Array) -> jax.Array:
     [[1.  0.6]
      [0.6 1. ]]
     """
-    squares = jnp.maximum(jnp.diagonal(linalg.normalise_gramian(gramian)[0]), 0)
+    squares = jnp.maximum(jnp.diagonal(linalg.normalize_gramian(gramian)[0]), 0)
     norms = jnp.sqrt(squares)
     total = squares[:, None] + squares[None, :]
     similarity = 2 * norms[:, None] * norms[None, :] / jnp.where(total > 0, total, 1)
@@ -143,7 +143,7 @@ def norm_ratio(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Ar
     3.0
     """
     present = _present(gramian, task_mask)
-    squares = jnp.diagonal(linalg.normalise_gramian(_removed(gramian, present))[0])
+    squares = jnp.diagonal(linalg.normalize_gramian(_removed(gramian, present))[0])
     norms = jnp.sqrt(jnp.maximum(squares, 0))
     largest = jnp.max(norms)
     least = jnp.min(jnp.where(present, norms, largest))
@@ -234,7 +234,7 @@ def pareto_stationarity(gramian: jax.Array, task_mask: jax.Array | None = None) 
     2.0
     """
     present = _present(gramian, task_mask)
-    scaled, log2_scale = linalg.normalise_gramian(_removed(gramian, present))
+    scaled, log2_scale = linalg.normalize_gramian(_removed(gramian, present))
     weights = solvers.min_norm(scaled, present).value
     return linalg.ldexp(jnp.sqrt(jnp.maximum(weights @ scaled @ weights, 0)), log2_scale)
 

@@ -8,17 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from jaxmtl import base
+from jaxmtl import checks
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import accumulation_dtype
 
 PyTree = Any
-
-
-def _int_from(low: int, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"expected {name} to be an int of at least {low}, got {value!r}")
-    return value
 
 
 def _batch(args: PyTree, index: Any) -> PyTree:
@@ -91,11 +85,11 @@ def hypergradient(
     >>> print(losses, jacobian)
     [0.5 1. ] [2. 2.]
     """
-    steps = _int_from(0, "num_steps", num_steps)
-    _int_from(1, "solver_steps", solver_steps)
-    base.check_choice("solver", solver, ("cg", "neumann", "stochastic"))
+    steps = checks.check_int("num_steps", num_steps, 0)
+    checks.check_int("solver_steps", solver_steps)
+    checks.check_choice("solver", solver, ("cg", "neumann", "stochastic"))
     if not callable(step_size):
-        base.check_range("step_size", step_size, 0, closed="right")
+        checks.check_range("step_size", step_size, 0, closed="right")
     scale: Any = step_size if solver_step_size is None else solver_step_size
     if solver != "cg" and callable(scale):
         raise ValueError(

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmtl.balancing.ldc_mtl import descend_lower, ldc_mtl
+from jaxmtl.rules.ldc_mtl import descend_lower, ldc_mtl
 
 LOSSES = np.array([0.7, 2.0, 1.3])
 START = np.array([1.4, 0.5, 1.3])
@@ -54,7 +54,7 @@ def test_both_sides_descend_the_objective(options):
 
 
 def test_weights_of_the_parameters_are_those_of_the_formula():
-    weighting = ldc_mtl(0.5, num_tasks=3, normalise="log").weighting
+    weighting = ldc_mtl(0.5, num_tasks=3, normalize="log").weighting
     state = weighting.update(None, weighting.init(), losses=jnp.asarray(START))[1]
     sigma = softmax(state.inner.router.values["logits"])
     weights, _ = weighting.update(None, state, losses=jnp.asarray(LOSSES))
@@ -66,7 +66,7 @@ def test_weights_of_the_parameters_are_those_of_the_formula():
 
 @pytest.mark.parametrize("how", ["ratio", "ratio_min", "log"])
 def test_normalisations_start_anew_each_epoch(how):
-    weighting = ldc_mtl(num_tasks=3, normalise=how, tau="ones", steps_per_epoch=2).weighting
+    weighting = ldc_mtl(num_tasks=3, normalize=how, tau="ones", steps_per_epoch=2).weighting
     update, state = jax.jit(weighting.update), weighting.init()
     for losses in (LOSSES, LOSSES, START, LOSSES):
         sigma = softmax(state.inner.router.values["logits"])

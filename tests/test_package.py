@@ -17,14 +17,18 @@ PACKAGE = Path(jaxmtl.__file__).parent
 
 # Each layer imports only from those before it, and never in a circle within itself.
 LAYERS = (
-    "solvers",
+    "types",
     "linalg",
+    "solvers",
+    "checks",
+    "tasks",
+    "learned",
+    "registry",
     "base",
-    "combinators",
     "transforms",
-    "weightings",
-    "balancing",
-    "aggregators",
+    "rules",
+    "combinators",
+    "arguments",
     "jacobian",
     "nested",
     "engine",

@@ -1,10 +1,8 @@
-"""Read a `Program` off a jaxpr.
+"""Read a ``Program`` off a jaxpr.
 
 Calls that receive parameters (jit, remat, scan) are opened, so that uses are single primitives;
 PARAM values computed inside a loop are hoisted out of it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,11 +21,9 @@ from jaxmtl.engine.program import (
     Scan,
     Use,
     Value,
-    derived,
+    from_params,
     is_float,
 )
-
-Array = Any
 
 # Calls whose body means the same thing inline; the name of the parameter that holds the body.
 _INLINE = {
@@ -43,15 +39,15 @@ _INLINE = {
 
 def _single_equation(
     eqn: Any, debug_info: Any
-) -> tuple[Callable[..., Sequence[Array]], list[Any], list[Any]]:
-    """Return one equation as a function, with the variables it reads and writes."""
+) -> tuple[Callable[..., Sequence[jax.Array]], list[Any], list[Any]]:
+    """Returns one equation as a function, with the variables it reads and writes."""
     reads = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
     writes = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
     jaxpr = jex.Jaxpr([], reads, writes, [eqn], eqn.effects, debug_info)
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, [])), reads, writes
 
 
-def _identity(x: Array) -> list[Array]:
+def _identity(x: jax.Array) -> list[jax.Array]:
     return [x]
 
 
@@ -62,7 +58,7 @@ class _Builder:
     def inline(
         self, jaxpr: Any, inputs: Sequence[Value], steps: list[Any], loops: tuple[Loop, ...]
     ) -> tuple[Value, ...]:
-        """Append the equations of an open jaxpr to `steps`, and return its outputs."""
+        """Appends the equations of an open jaxpr to ``steps``, and returns its outputs."""
         env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
 
         def read(atom: Any) -> Value:
@@ -108,12 +104,12 @@ class _Builder:
         return tuple(read(v) for v in jaxpr.outvars)
 
     @staticmethod
-    def constant(value: Array) -> Value:
+    def constant(value: jax.Array) -> Value:
         return Value(jax.typeof(value), CONST, literal=value)
 
     def call(
         self,
-        fun: Callable[..., Sequence[Array]],
+        fun: Callable[..., Sequence[jax.Array]],
         ins: Sequence[Value],
         avals: Sequence[Any],
         name: str,
@@ -151,7 +147,7 @@ class _Builder:
         return step.outs
 
     def as_data(self, value: Value, aval: Any, steps: list[Any], loops: tuple[Loop, ...]) -> Value:
-        """Return the value as DATA: a PARAM that enters a carry is used there."""
+        """Returns the value as DATA: a PARAM that enters a carry is used there."""
         if value.kind == DATA:
             return value
         return self.call(_identity, [value], [aval], "identity", None, steps, loops)[0]
@@ -186,7 +182,7 @@ class _Builder:
             for v, var in zip(found, closed.jaxpr.outvars, strict=True)
         )
         results = tuple(Value(var.aval, DATA) for var in eqn.outvars)
-        plain = [(v, s) for v, s in zip(xs, slices, strict=True) if not derived(v)]
+        plain = [(v, s) for v, s in zip(xs, slices, strict=True) if not from_params(v)]
         steps.append(
             Scan(
                 loop,
@@ -206,34 +202,23 @@ class _Builder:
         return results
 
 
-def build(closed: Any, num_leaves: int, batched: Sequence[bool]) -> Program:
-    """Find the uses of the first `num_leaves` inputs of a traced per-example loss.
+def build(closed: Any, num_leaves: int) -> Program:
+    """Finds the uses of the first ``num_leaves`` inputs of a traced per-example loss.
 
     Args:
-      closed: a closed jaxpr; its first output is the loss.
-      num_leaves: how many of its inputs are parameters; they come first.
-      batched: for each other input, whether it changes from example to example.
+      closed: A closed jaxpr; its first output is the loss, its inputs are the parameters, then
+        what changes from example to example.
+      num_leaves: How many of its inputs are parameters.
 
     Returns:
-      The program. Its `constants` are the closed-over arrays, then the inputs that all examples
-      share.
+      The program. Its ``constants`` are the closed-over arrays.
     """
     builder = _Builder()
     steps: list[Any] = []
     invars = closed.jaxpr.invars
-    closed_over = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
+    constants = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
     leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]
-    others = [
-        Value(v.aval, DATA if b else CONST)
-        for v, b in zip(invars[num_leaves:], batched, strict=True)
-    ]
-    outs = list(builder.inline(closed.jaxpr, [*closed_over, *leaves, *others], steps, ()))
+    data = [Value(var.aval, DATA) for var in invars[num_leaves:]]
+    outs = list(builder.inline(closed.jaxpr, [*constants, *leaves, *data], steps, ()))
     outs[0] = builder.as_data(outs[0], outs[0].aval, steps, ())
-    return Program(
-        tuple(leaves),
-        tuple(closed_over) + tuple(v for v in others if v.kind == CONST),
-        tuple(v for v in others if v.kind == DATA),
-        steps,
-        tuple(outs),
-        builder.uses,
-    )
+    return Program(tuple(leaves), tuple(constants), tuple(data), steps, tuple(outs), builder.uses)

@@ -17,11 +17,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 CONST, PARAM, FROZEN, DATA = "const", "param", "frozen", "data"
-
-Array = Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,7 +40,7 @@ class Value:
       kind: CONST, PARAM, FROZEN or DATA.
       loops: for kinds other than DATA, the opened loops its value changes with, outermost first.
         Outside those loops its array has one more leading axis per loop.
-      origin: `(call, position)` that computes it, or the outer `Value` it is one slice of.
+      origin: ``(call, position)`` that computes it, or the outer ``Value`` it is one slice of.
       leaf: position among the parameter leaves, for a leaf.
       literal: its value, for a literal.
     """
@@ -61,9 +60,9 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """`outs = fun(*ins)`: one equation."""
+    """``outs = fun(*ins)``: one equation."""
 
-    fun: Callable[..., Sequence[Array]]
+    fun: Callable[..., Sequence[jax.Array]]
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
     name: str
@@ -75,7 +74,7 @@ class Use(Call):
     """An equation with PARAM and DATA operands.
 
     Attributes:
-      index: its position in `Program.uses`.
+      index: its position in ``Program.uses``.
       loops: the opened loops around it, outermost first.
       tapped: positions of the outputs that carry a derivative.
     """
@@ -115,7 +114,7 @@ class Scan:
 
 @dataclasses.dataclass(eq=False)
 class Program:
-    """A traced function `(leaves, constants, example) -> outputs` with its uses marked."""
+    """A traced function ``(leaves, constants, example) -> outputs`` with its uses marked."""
 
     leaves: tuple[Value, ...]
     constants: tuple[Value, ...]
@@ -126,10 +125,10 @@ class Program:
 
 
 def is_float(aval: Any) -> bool:
-    """Whether values of this type carry derivatives."""
+    """Tells whether values of this type carry derivatives."""
     return jnp.issubdtype(aval.dtype, jnp.inexact)
 
 
-def derived(value: Value) -> bool:
-    """Whether the value depends on the parameters alone: it is computed outside all loops."""
+def from_params(value: Value) -> bool:
+    """Tells whether the value depends on the parameters alone: it is computed outside all loops."""
     return value.kind in (PARAM, FROZEN)

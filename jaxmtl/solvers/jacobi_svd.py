@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import linalg
-from jaxmtl.solvers.quadratic import row_normalised
+from jaxmtl.solvers.quadratic import row_normalized
 
 
 class SingularSystem(NamedTuple):
@@ -68,8 +68,8 @@ def singular_system(gramian: jax.Array, mask: jax.Array | None = None) -> Singul
     m, dtype = gramian.shape[0], gramian.dtype
     if mask is not None:
         gramian = jnp.where(mask[:, None] & mask[None, :], gramian, 0)
-    gramian, log2_scale = linalg.normalise_gramian(gramian)
-    unit, norms, zero = row_normalised(gramian)
+    gramian, log2_scale = linalg.normalize_gramian(gramian)
+    unit, norms, zero = row_normalized(gramian)
     columns = _cholesky_columns(unit, norms, ~zero)
     padded = jnp.pad(columns, ((0, m % 2), (0, 0)))
     columns, residual = _orthogonal_rows(padded * norms)
