@@ -15,7 +15,6 @@ import pytest
 
 import jaxmtl
 from jaxmtl import metrics, solvers
-from jaxmtl.balancing.ldc_mtl import descend_lower
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -426,7 +425,7 @@ def test_ldc_mtl_reaches_stationary_points():
             optimizer=optax.sgd(rate),
         )
         # z <- z - beta lambda grad g
-        lower = descend_lower(losses, aggregator, num_steps=60, step_size=0.5 / penalty)
+        lower = jaxmtl.descend_lower(losses, aggregator, num_steps=60, step_size=0.5 / penalty)
         value_and_grad = jaxmtl.value_and_grad(losses, aggregator)
 
         def step(carry, _):
@@ -480,7 +479,7 @@ def test_the_lower_gradient_vanishes_on_a_table():
         return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, labels), axis=0)
 
     aggregator = jaxmtl.ldc_mtl(num_tasks=14, double_loop=True)
-    lower = descend_lower(losses, aggregator, num_steps=50, step_size=7.0)
+    lower = jaxmtl.descend_lower(losses, aggregator, num_steps=50, step_size=7.0)
     value_and_grad = jaxmtl.value_and_grad(losses, aggregator)
 
     def step(carry, _):
