@@ -40,6 +40,13 @@ def shares(preference: jax.Array | None, task_mask: jax.Array, dtype: jnp.dtype)
     return jnp.where(jnp.all(task_mask), total, kept * scale)
 
 
+def reduced(weights: jax.Array, task_mask: jax.Array, reduction: str) -> jax.Array:
+    """Returns the weights of a sum over tasks, divided by their number if it is to be a mean."""
+    if reduction == "sum":
+        return weights
+    return weights / jnp.maximum(jnp.sum(task_mask), 1).astype(weights.dtype)
+
+
 def on_present(weights: jax.Array, task_mask: jax.Array) -> jax.Array:
     """Returns the weights of the present tasks scaled to sum 1 (uniform if all are 0)."""
     present = jnp.where(task_mask, weights, 0)
