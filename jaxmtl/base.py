@@ -299,7 +299,7 @@ def from_rule(rule: Rule) -> Aggregator:
     def init() -> PyTree:
         if not rule.keeps_state:
             return optax.EmptyState()
-        skipped, inner = jnp.zeros((), jnp.int32), rule.init()
+        skipped, inner = jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init())
         if num_tasks is None:
             return AggregatorState(skipped, inner)
         weights = jnp.zeros((num_tasks,), jnp.result_type(float))
@@ -456,7 +456,7 @@ def from_rows(
     rule = rule._replace(name=_name_of(aggregate))
 
     def init_fn(params: PyTree) -> AggregatorState:
-        return AggregatorState(jnp.zeros((), jnp.int32), rule.init(params))
+        return AggregatorState(jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init(params)))
 
     def update(
         jacobian: Jacobian,

@@ -102,6 +102,14 @@ def positive_part(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(losses, least), losses > least
 
 
+def own_buffers(state: PyTree) -> PyTree:
+    """Returns a fresh state with every array in a buffer of its own, so that it can be donated.
+
+    Arrays that a rule made once, such as a vector given at construction, are not given away.
+    """
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
+
+
 def init_random() -> RandomState:
     """Returns the state of a rule that has drawn nothing yet."""
     return RandomState(jnp.zeros((), jnp.int32))

@@ -96,15 +96,14 @@ def dwa(
         checks.check_int("window", window)
         if steps_per_epoch != 1:
             raise ValueError(
-                f"expected steps_per_epoch= or window=, got {steps_per_epoch} and {window}; drop one"
+                f"expected steps_per_epoch= or window=, got {steps_per_epoch} and {window}; drop "
+                "the one that does not hold"
             )
 
     def init() -> DWAState:
-        # Every field has a buffer of its own: a state that is donated may hold none twice.
-        last, before = jnp.zeros(num_tasks), jnp.zeros(num_tasks)
+        zero, zeros = jnp.zeros((), jnp.int32), jnp.zeros(num_tasks)
         epochs = jnp.zeros(num_tasks, jnp.int32)
-        epoch = init_epoch_mean(num_tasks)
-        return DWAState(jnp.zeros((), jnp.int32), epoch, last, before, epochs)
+        return DWAState(zero, init_epoch_mean(num_tasks), zeros, zeros, epochs)
 
     def init_window() -> DWAWindowState:
         shape = (2 * (window or 1), num_tasks)
