@@ -283,6 +283,11 @@ def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, old)
 
 
+def finished(rule: Rule, weights: jax.Array, inputs: Mapping[str, Any]) -> jax.Array:
+    """Returns the weights after what the rule does with them at every step."""
+    return weights if rule.finish is None else rule.finish(weights, inputs)
+
+
 # --- wrapping a rule --------------------------------------------------------------------------
 
 
@@ -294,7 +299,7 @@ def from_rule(rule: Rule) -> Aggregator:
     def init() -> PyTree:
         if not rule.keeps_state:
             return optax.EmptyState()
-        skipped, inner = jnp.zeros((), jnp.int32), rule.init()
+        skipped, inner = jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init())
         if num_tasks is None:
             return AggregatorState(skipped, inner)
         weights = jnp.zeros((num_tasks,), jnp.result_type(float))
@@ -344,8 +349,9 @@ def from_rule(rule: Rule) -> Aggregator:
         ok = _guarded(rule, inputs)
         if "gramian" in rule.needs:  # keeps the loops of solvers short
             inputs["gramian"] = jnp.where(ok, inputs["gramian"], jnp.eye(m, dtype=kind))
-        weights, inner, residual = rule.weigh(inputs | {"log2_scale": log2_scale}, own(state))
-        weights = jnp.where(mask, weights, 0).astype(kind)
+        inputs |= {"log2_scale": log2_scale}
+        weights, inner, residual = rule.weigh(inputs, own(state))
+        weights = finished(rule, jnp.where(mask, weights, 0).astype(kind), inputs)
         ok &= linalg.all_finite((weights, inner))
         new = record(state, weights, inner, residual)
         return jnp.where(ok, weights, 0), skip_unless(ok, new, state)
@@ -450,7 +456,7 @@ def from_rows(
     rule = rule._replace(name=_name_of(aggregate))
 
     def init_fn(params: PyTree) -> AggregatorState:
-        return AggregatorState(jnp.zeros((), jnp.int32), rule.init(params))
+        return AggregatorState(jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init(params)))
 
     def update(
         jacobian: Jacobian,

@@ -163,7 +163,7 @@ def multi_steps(
         step = jnp.zeros((), jnp.int32)
         means = {name: mean(name) for name in shapes}
         rows = Mean(linalg.zero_rows(params, m), jnp.zeros((m,), jnp.int32))
-        return MultiStepsState(step, step, rows, means, state)
+        return tasks.own_buffers(MultiStepsState(step, step, rows, means, state))
 
     def read(extra: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         inputs, last = {}, {}
