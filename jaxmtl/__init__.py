@@ -6,6 +6,7 @@ from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
+from jaxmtl.names import named
 from jaxmtl.nested import hypergradient
 from jaxmtl.registry import make, methods
 from jaxmtl.rules.aligned_mtl import aligned_mtl
@@ -85,6 +86,7 @@ __all__ = [
     "moco",
     "modo",
     "multi_steps",
+    "named",
     "nash_mtl",
     "pcgrad",
     "rgw",
