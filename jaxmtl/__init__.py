@@ -8,6 +8,7 @@ from jaxmtl.gauss_newton import gauss_newton
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
 from jaxmtl.loop import apply_updates, check, frozen, monitor
+from jaxmtl.names import named
 from jaxmtl.nested import hypergradient
 from jaxmtl.registry import make, methods
 from jaxmtl.rules.aligned_mtl import aligned_mtl
@@ -92,6 +93,7 @@ __all__ = [
     "modo",
     "monitor",
     "multi_steps",
+    "named",
     "nash_mtl",
     "pcgrad",
     "rgw",

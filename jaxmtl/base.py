@@ -110,7 +110,9 @@ def _read_signature(function: Callable[..., Any]) -> tuple[frozenset[str], froze
     return needs, frozenset(accepts), open_ended
 
 
-def _caller(function: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset, frozenset]:
+def _caller(
+    function: Callable[..., Any],
+) -> tuple[Callable[..., Any], frozenset[str], frozenset[str], bool]:
     needs, accepts, open_ended = _read_signature(function)
     named = (needs | accepts) & set(inspect.signature(function).parameters)
 
@@ -123,7 +125,7 @@ def _caller(function: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
             given["state"] = state
         return function(**given)
 
-    return call, needs, accepts
+    return call, needs, accepts, open_ended
 
 
 def from_weighting(
@@ -189,7 +191,7 @@ def from_weighting(
         if weigh.rule is not None:
             return from_rule(weigh.rule._replace(num_tasks=num_tasks or weigh.rule.num_tasks))
         init, weigh = weigh.init, _by_position(weigh.update)
-    call, needs, accepts = _caller(weigh)
+    call, needs, accepts, open_ended = _caller(weigh)
     name = _name_of(weigh)
     if "jacobian" in needs:
         raise checks.missing_input("jacobian", name)
@@ -206,7 +208,8 @@ def from_weighting(
 
     rule = Rule(init or tuple, apply, needs, accepts, num_tasks, residual=residual, name=name)
     vector = checks.check_vector("preference", preference, num_tasks)
-    return from_rule(rule._replace(preference=vector, head_weights=head_weights))
+    rule = rule._replace(preference=vector, open_ended=open_ended)
+    return from_rule(rule._replace(head_weights=head_weights))
 
 
 def _by_position(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -442,7 +445,7 @@ def from_rows(
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
     [3. 5.]
     """
-    call, needs, accepts = _caller(aggregate)
+    call, needs, accepts, _ = _caller(aggregate)
     checks.check_num_tasks(num_tasks)
     vector = checks.check_vector("preference", preference, num_tasks)
     stateful = init is not None

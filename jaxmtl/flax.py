@@ -91,7 +91,7 @@ class TrainState(train_state.TrainState, kw_only=True):
 
         def update(rows: PyTree, opt_state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
             updates, new = self.tx.update(rows, opt_state, params, **inputs)
-            checks.check_state(opt_state, new)
+            checks.check_shapes_stay(opt_state, new)
             checks.check_updates(params, updates)
             report_skips(opt_state, new, self.on_skip)
             return updates, new
@@ -149,7 +149,8 @@ class _Functional:
         self, losses_fn: Callable[..., Any], model: Any, wrt: Any, in_axes: Any, has_aux: bool
     ) -> None:
         kinds = (wrt, nnx.RngKey, nnx.RngCount, ...)
-        graph, self.params, self.keys, counts, rest = nnx.split(model, *kinds)
+        parts: Any = nnx.split(model, *kinds)
+        graph, self.params, self.keys, counts, rest = parts
         self.model, self.has_aux = model, has_aux
         self.in_axes = None if in_axes is None else (in_axes[0], 0, *in_axes[1:])
 
@@ -158,8 +159,10 @@ class _Functional:
             module = nnx.merge(graph, params, keys, counts, rest, copy=True)
             found = losses_fn(module, *args, **kwargs)
             losses, aux = found if has_aux else (found, None)
-            _, _, _, new_counts, new_rest = nnx.split(module, *kinds)
-            if jax.tree.structure(new_rest) != jax.tree.structure(rest):
+            split: Any = nnx.split(module, *kinds)
+            new_counts, new_rest = split[3:]
+            same: Any = jax.tree.structure(rest)
+            if jax.tree.structure(new_rest) != same:
                 raise ValueError(
                     "expected losses_fn to keep the structure of the module's state, got another "
                     "one (a variable was added); return such values with has_aux=True"

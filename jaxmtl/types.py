@@ -61,6 +61,7 @@ class Rule(NamedTuple):
         by name. Of a coordinate rule: ``(update, state, None)``.
       needs: Names of the inputs that the rule cannot do without, found in its signature.
       accepts: Names of those that it takes where they are given.
+      open_ended: Whether it takes any other name too, by ``**inputs``.
       num_tasks: m if it was given at construction.
       preference: (m,) the preference given at construction, or None.
       residual: Whether a solver ran, so that there is a residual to log.
@@ -87,6 +88,7 @@ class Rule(NamedTuple):
     head_weights: Ask | None = None
     lower_objective: Ask | None = None
     feature_gradient: Ask | None = None
+    open_ended: bool = False
 
 
 # The fields of a rule that are functions of its own state.
