@@ -30,6 +30,7 @@ from jaxmtl.rules.learned_scale import imtl_l, uncertainty_weighting
 from jaxmtl.rules.mgda import mgda
 from jaxmtl.rules.moco import moco
 from jaxmtl.rules.modo import modo
+from jaxmtl.rules.pcd import pcd
 from jaxmtl.rules.pcgrad import pcgrad
 from jaxmtl.rules.rlw import rlw
 from jaxmtl.rules.scale_invariant import gls, scale_invariant
@@ -86,6 +87,7 @@ __all__ = [
     "modo",
     "multi_steps",
     "nash_mtl",
+    "pcd",
     "pcgrad",
     "rgw",
     "rlw",

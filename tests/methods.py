@@ -68,6 +68,7 @@ METHODS = (
     Method("upgrad", solver=True),
     Method("dual_proj", solver=True),
     Method("pcgrad"),
+    Method("pcd", degree=None, stateful=True, solver=True, equivariant=False),
     Method("gradvac", stateful=True),
     Method("cagrad", solver=True),
     Method("imtl_g"),
