@@ -83,6 +83,24 @@ class Separate:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit."""
         return linalg.symmetric(self.cross(self))
 
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
+        if self._rows is None:  # one chunk does not know the scale of the next
+            return self.gramian(), jnp.zeros((), jnp.int32)
+        m, dtype = len(self._tasks), linalg.accumulation_dtype(self._leaves, self.losses)
+        largest = jnp.zeros((m,), dtype)
+        for (tasks, x), counts in zip(self._rows, self._shared, strict=True):
+            if counts and x is not None and x.size:
+                top = jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))).astype(dtype)
+                largest = largest.at[np.array(tasks)].max(linalg.whole(top))
+        exponent = jnp.frexp(largest)[1]
+        scaled: separate.Rows = [
+            (tasks, x if x is None else linalg.scale_rows(x, -exponent[np.array(tasks)], dtype))
+            for tasks, x in self._rows
+        ]
+        table = self._products(scaled, scaled, (m, m))
+        return linalg.in_one_scale(linalg.symmetric(table), largest > 0, exponent)
+
     def cross(self, other: "Separate") -> jax.Array:
         """Returns ``J_1 J_2^T``."""
         shape = (len(self._tasks), len(other._tasks))
