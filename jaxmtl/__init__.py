@@ -1,11 +1,12 @@
 """Multi-task and multi-objective training in JAX: the way optax is for optimizers."""
 
 from jaxmtl import metrics, solvers
-from jaxmtl.base import apply_updates, from_rows, from_weighting
+from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
+from jaxmtl.loop import apply_updates, check, frozen, monitor
 from jaxmtl.nested import hypergradient
 from jaxmtl.registry import make, methods
 from jaxmtl.rules.aligned_mtl import aligned_mtl
@@ -49,6 +50,7 @@ __all__ = [
     "aligned_mtl",
     "apply_updates",
     "cagrad",
+    "check",
     "clip_rows",
     "combine",
     "config",
@@ -65,6 +67,7 @@ __all__ = [
     "famo",
     "from_rows",
     "from_weighting",
+    "frozen",
     "gls",
     "go4align",
     "graddrop",
@@ -84,6 +87,7 @@ __all__ = [
     "mgda",
     "moco",
     "modo",
+    "monitor",
     "multi_steps",
     "nash_mtl",
     "pcgrad",

@@ -496,25 +496,3 @@ def inner_rule(aggregator: Any, combinator: str) -> Rule:
             f"{combinator}, or wrap the rule before chaining"
         )
     return weighting.rule
-
-
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Adds updates to parameters, as `optax.apply_updates`, after checking shapes.
-
-    Args:
-      params: Pytree of arrays.
-      updates: Pytree of the same structure and shapes.
-
-    Returns:
-      Pytree like ``params``, in its dtypes.
-
-    Raises:
-      ValueError: A shape differs, as when no aggregator is in the chain: plain optax
-        would broadcast the parameters to ``(m, *shape)``.
-
-    >>> import jax.numpy as jnp, jaxmtl
-    >>> print(jaxmtl.apply_updates(jnp.ones(2), jnp.array([0.5, -1.0])))
-    [1.5 0. ]
-    """
-    checks.check_updates(params, updates)
-    return optax.apply_updates(params, updates)

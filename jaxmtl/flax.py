@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 from jaxmtl import checks
+from jaxmtl.loop import report_skips
 from jaxmtl.types import INPUTS
 
 try:
@@ -43,6 +44,8 @@ class TrainState(train_state.TrainState, kw_only=True):
       tx: An optax transformation, with an aggregator first in its chain.
       opt_state: The state of ``tx``.
       extra_args: Further names of update inputs, for rules of your own.
+      on_skip: What to do when a step is skipped for a non-finite value: None, ``"print"``,
+        ``"raise"`` or a function of the number of skipped steps.
 
     **Differs from** `flax.training.train_state.TrainState`, which passes no argument on to
     ``tx`` and broadcasts the parameters to ``(m, *shape)`` when no aggregator is in the chain.
@@ -62,6 +65,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     """
 
     extra_args: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    on_skip: Any = struct.field(pytree_node=False, default=None)
 
     def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> "TrainState":
         """Takes one step.
@@ -82,9 +86,11 @@ class TrainState(train_state.TrainState, kw_only=True):
         fields, inputs = self._sort(kwargs)
 
         def update(rows: PyTree, opt_state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-            updates, opt_state = self.tx.update(rows, opt_state, params, **inputs)
+            updates, new = self.tx.update(rows, opt_state, params, **inputs)
+            checks.check_state(opt_state, new)
             checks.check_updates(params, updates)
-            return updates, opt_state
+            report_skips(opt_state, new, self.on_skip)
+            return updates, new
 
         # Flax's own step, which knows parameters that are overwritten by their gradients.
         bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))

@@ -33,6 +33,7 @@ LAYERS = (
     "nested",
     "engine",
     "metrics",
+    "loop",
     "flax",
 )
 

@@ -226,6 +226,7 @@ def multi_steps(
                 passed["task_mask"] = new_rows.seen > 0
             old = state.inner.inner if counted else state.inner
             result, new = chain.update(new_rows.value, old, params, **passed, **last)
+            checks.check_state(old, new)
             checks.check_updates(params, result)
             new = state.inner._replace(inner=new) if counted else new
             return result, jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, state.inner)
