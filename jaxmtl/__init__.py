@@ -1,9 +1,10 @@
 """Multi-task and multi-objective training in JAX: the way optax is for optimizers."""
 
-from jaxmtl import metrics, solvers
+from jaxmtl import fronts, metrics, solvers
 from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from jaxmtl.gauss_newton import gauss_newton
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
 from jaxmtl.loop import apply_updates, check, frozen, monitor
@@ -67,7 +68,9 @@ __all__ = [
     "famo",
     "from_rows",
     "from_weighting",
+    "fronts",
     "frozen",
+    "gauss_newton",
     "gls",
     "go4align",
     "graddrop",
