@@ -6,7 +6,12 @@ Each returns a `Solution`: the value and its relative KKT residual.
 from jaxmtl.solvers.bargaining import bargaining
 from jaxmtl.solvers.cagrad import worst_improvement
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
-from jaxmtl.solvers.quadratic import min_norm, project_dual_cone, project_simplex
+from jaxmtl.solvers.quadratic import (
+    min_norm,
+    project_dual_cone,
+    project_simplex,
+    row_normalised,
+)
 
 __all__ = [
     "Solution",
@@ -15,5 +20,6 @@ __all__ = [
     "nonneg_qp",
     "project_dual_cone",
     "project_simplex",
+    "row_normalised",
     "worst_improvement",
 ]
