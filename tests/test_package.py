@@ -32,10 +32,10 @@ LAYERS = (
     "jacobian",
     "nested",
     "engine",
-    "fronts",
-    "gauss_newton",
     "metrics",
     "loop",
+    "fronts",
+    "gauss_newton",
     "flax",
 )
 
