@@ -28,7 +28,7 @@ import optax
 import jaxmtl
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend without windows
+import matplotlib.pyplot as plt
 
 METHODS = {
     "mean": "linear_scalarization",

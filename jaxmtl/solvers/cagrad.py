@@ -27,7 +27,7 @@ def worst_improvement(
 
     Args:
       gramian: (m, m).
-      radius: c, a scalar in [0, 1).
+      radius: c, a scalar, at least 0.
       reference: u, (m,), the weights of g_0.
       mask: (m,) bool, False for tasks that do not take part; all do if None.
 

@@ -36,7 +36,10 @@ def _arrow(arrow: Arrow, origin: np.ndarray, unit: float) -> str:
     width = 8.0 if arrow.kind == "update" else 6.0
     head = min(1.7 * width, length)
     tip, base = origin + end, origin + end - head * along
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (tip, base + width * across / 1.6, base - width * across / 1.6))
+    points = " ".join(
+        f"{x:.1f},{y:.1f}"
+        for x, y in (tip, base + width * across / 1.6, base - width * across / 1.6)
+    )
     place = tip + 13 * along
     anchor = "start" if along[0] > 0.3 else "end" if along[0] < -0.3 else "middle"
     return (
@@ -86,12 +89,18 @@ def picture(
     for i, (arrows, text) in enumerate(panels):
         spare = (width - (high - low)[0] * unit) / 2
         origin = np.array([i * width + spare - low[0] * unit, margin + high[1] * unit])
-        parts.append(_cone(gradients, origin, 0.55 * unit * float(np.linalg.norm(ends, axis=1).max())))
+        parts.append(
+            _cone(gradients, origin, 0.55 * unit * float(np.linalg.norm(ends, axis=1).max()))
+        )
         parts.extend(_arrow(arrow, origin, unit) for arrow in arrows)
         if text:
-            parts.append(f'<text x="{(i + 0.5) * width:.1f}" y="{height - 12:.1f}" text-anchor="middle">{text}</text>')
+            parts.append(
+                f'<text x="{(i + 0.5) * width:.1f}" y="{height - 12:.1f}" text-anchor="middle">{text}</text>'
+            )
     total = width * len(panels)
-    background = f'<rect width="{total:.0f}" height="{height:.0f}" rx="10" fill="#fff"/>' if card else ""
+    background = (
+        f'<rect width="{total:.0f}" height="{height:.0f}" rx="10" fill="#fff"/>' if card else ""
+    )
     color = ' color="#222"' if card else ""
     title = "; ".join(text for _, text in panels if text) or "the update beside the gradients"
     return (
