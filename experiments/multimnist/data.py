@@ -4,9 +4,9 @@
 *Multi-Task Learning as Multi-Objective Optimization*, NeurIPS 2018 (the two-task form).
 
 **Differs from** the official loader (isl-org/MultiObjectiveOptimization,
-``multi_mnist_loader.py``): that one shifts the second digit by 6 pixels instead of into the corner and shrinks 36 x 36 to
-28 x 28 by nearest neighbour; here the canvas is what the papers say, and a digit is never paired
-with itself.
+``multi_mnist_loader.py``): that one shifts the second digit by 6 pixels instead of into the corner
+and shrinks 36 x 36 to 28 x 28 by nearest neighbour; here the canvas is what the papers say, and a
+digit is never paired with itself.
 """
 
 from typing import NamedTuple
