@@ -211,7 +211,9 @@ def test_each_run_is_the_run_alone(paired, constructed, x64):
         return (rule, optax.adam(0.05)) if paired else optax.chain(rule, optax.adam(0.05))
 
     optimizer = make if constructed else make(None)
-    front = fronts.train(quadratics, optimizer, starts, chosen, batches, project=project, stacked=True)
+    front = fronts.train(
+        quadratics, optimizer, starts, chosen, batches, project=project, stacked=True
+    )
     for i, preference in enumerate(chosen):
         rule, optimizer = (
             jaxmtl.cr_mogm(jaxmtl.stch(0.5, preference=preference), num_tasks=2),
