@@ -176,7 +176,7 @@ class _Functional:
                 )
             return losses, (aux, new_counts, new_rest)
 
-        self.pure = pure
+        self.pure: Any = pure
         self._sign(losses_fn)
 
     def _sign(self, losses_fn: Callable[..., Any]) -> None:
