@@ -61,10 +61,10 @@ def test_a_frozen_backbone_in_linen():
         outputs = network.apply({"params": {"backbone": backbone, "head": head}}, X)
         return losses_of(outputs[:, :1])  # one output, two targets: a conflict
 
-    rule = jaxmtl.upgrad()
+    rule = jaxmtl.mgda()
     _, jacobian = jaxmtl.value_and_jacobian(losses_fn)(params["head"], params["backbone"])
     cheap, _ = rule.update(jacobian, rule.init(params["head"]), params["head"])
-    groups = {"train": jaxmtl.upgrad(), "frozen": jaxmtl.frozen()}
+    groups = {"train": jaxmtl.mgda(), "frozen": jaxmtl.frozen()}
     labels = {"head": "train", "backbone": "frozen"}
     optimizer = optax.partition(groups, labels)
     jaxmtl.check(optimizer, params, num_tasks=2)
@@ -75,11 +75,11 @@ def test_a_frozen_backbone_in_linen():
         np.testing.assert_allclose(x, y, rtol=1e-6)
     # optax's freeze: first in the chain it keeps frozen leaves out of the Gramian, last it does not
     freeze = optax.transforms.freeze({"head": False, "backbone": True})
-    first = optax.chain(freeze, jaxmtl.upgrad())
+    first = optax.chain(freeze, jaxmtl.mgda())
     same, _ = first.update(rows, first.init(params), params)
     for x, y in zip(leaves(same["head"]), leaves(cheap), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5)
-    last = optax.chain(jaxmtl.upgrad(), freeze)
+    last = optax.chain(jaxmtl.mgda(), freeze)
     other, _ = last.update(rows, last.init(params), params)
     assert not any(np.any(x) for x in leaves(other["backbone"]))
     assert max(np.abs(x - y).max() for x, y in zip(leaves(other), leaves(same), strict=True)) > 1e-6
