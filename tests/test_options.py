@@ -483,3 +483,46 @@ def test_graddrop_on_activations(x64):
         rule.update(jnp.asarray(rows), rule.init(z), jnp.asarray(z))
     with pytest.raises(ValueError, match="shapes"):
         rule.update(jnp.asarray(rows), rule.init(z), jnp.asarray(z), features=jnp.zeros(3))
+
+
+@pytest.mark.parametrize("shared", [None, {"encoder": True, "heads": False}])
+def test_coordinate_rules_act_on_the_rows_at_the_features(shared, x64):
+    """The update at z goes back through the encoder; heads descend the sum of the losses."""
+    rng = np.random.default_rng(0)
+    params = {
+        "encoder": jnp.asarray(rng.standard_normal((3, 4))),
+        "heads": jnp.asarray(rng.standard_normal((2, 4))),
+    }
+    x = jnp.asarray(rng.standard_normal((5, 3)))
+
+    def encode(params, x):
+        return jnp.tanh(x @ params["encoder"])
+
+    def losses_fn(params, z, x):
+        del x
+        return jnp.mean((z @ params["heads"].T - 1) ** 2, axis=0)
+
+    def split(params):
+        z, pull = jax.vjp(lambda p: encode(p, x), params)
+        rows = jax.jacrev(lambda z: losses_fn(params, z, x))(z)
+        return z, pull, rows, jax.grad(lambda p: jnp.sum(losses_fn(p, z, x)))(params)
+
+    z, pull, rows, direct = split(params)
+    key = jax.random.key(1)
+    for rule, inputs in (
+        (jaxmtl.graddrop(activations=True), {"key": key}),
+        (jaxmtl.trimmed_mean(0), {}),
+    ):
+        step = jax.jit(jaxmtl.value_and_grad(losses_fn, rule, encoder=encode, shared=shared))
+        (losses, state), grads = step(params, rule.init(z), x, **inputs)
+        np.testing.assert_allclose(losses, losses_fn(params, z, x))
+        given = {"features": z} if inputs else {}
+        update, _ = rule.update(rows, rule.init(z), z, **given, **inputs)
+        expected = jax.tree.map(jnp.add, pull(update)[0], direct)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), grads, expected)
+        bad = {**params, "heads": params["heads"].at[0, 0].set(jnp.nan)}
+        (_, state), grads = step(bad, state, x, **inputs)
+        assert int(state.mtl_skipped) == 1
+        assert not any(np.any(g) for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="weighting"):
+        jaxmtl.value_and_grad(losses_fn, jaxmtl.trimmed_mean(1))
