@@ -1,11 +1,14 @@
 """Multi-task and multi-objective training in JAX: the way optax is for optimizers."""
 
-from jaxmtl import metrics, solvers
-from jaxmtl.base import apply_updates, from_rows, from_weighting
+from jaxmtl import fronts, metrics, solvers
+from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from jaxmtl.gauss_newton import gauss_newton
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
+from jaxmtl.loop import apply_updates, check, frozen, monitor
+from jaxmtl.names import named
 from jaxmtl.nested import hypergradient
 from jaxmtl.registry import make, methods
 from jaxmtl.rules.aligned_mtl import aligned_mtl
@@ -60,6 +63,7 @@ __all__ = [
     "apply_updates",
     "bloop",
     "cagrad",
+    "check",
     "clip_rows",
     "combine",
     "config",
@@ -81,6 +85,9 @@ __all__ = [
     "famo",
     "from_rows",
     "from_weighting",
+    "fronts",
+    "frozen",
+    "gauss_newton",
     "gls",
     "go4align",
     "graddrop",
@@ -101,7 +108,9 @@ __all__ = [
     "mgda",
     "moco",
     "modo",
+    "monitor",
     "multi_steps",
+    "named",
     "nash_mtl",
     "pbi",
     "pcd",

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base, linalg
+from jaxmtl import base, checks, keywords, linalg
 from jaxmtl.engine import routes
 from jaxmtl.engine.route import Options
-from jaxmtl.types import Aggregator
-
-PyTree = Any
+from jaxmtl.types import Aggregator, PyTree
 
 
 def value_and_gramian(
@@ -81,9 +79,10 @@ def value_and_gramian(
     def evaluate(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, jax.Array, jax.tree_util.Partial]:
+        keywords.check(options.takes(len(args)), kwargs)
         found = routes.evaluate(options, params, args, kwargs=kwargs)
-        losses = (found.losses, found.aux) if has_aux else found.losses
-        return losses, found.gramian(), found.pullback
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
+        return value, found.gramian(), found.pullback
 
     return evaluate
 
@@ -136,23 +135,23 @@ def value_and_grad(
     [0.5 2. ] [-0.5 -1. ]
     """
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
-    weighting = getattr(aggregator, "weighting", None)
-    if weighting is None:
-        raise ValueError(
-            "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
-            "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
-            "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
-            "losses=losses)"
-        )
+    weighting = checks.check_weighting(aggregator)
     rule = getattr(weighting, "rule", None)
     reads_gramian = rule is None or "gramian" in rule.needs
 
-    def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
-        found = routes.evaluate(options, params, args, reads_gramian)
+    def evaluate(params: PyTree, state: PyTree = None, *args: Any, **extra: Any) -> Any:
+        checks.check_state(rule, state)
+        extra, kwargs = keywords.split(weighting, options.takes(len(args)), extra)
+        found = routes.evaluate(options, params, args, reads_gramian, kwargs)
         if encoder is not None:
             extra.setdefault("features", found.features)
+        extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
-        gramian = lax.stop_gradient(found.gramian()) if reads_gramian else None
+        gramian = None
+        if rule is None:
+            gramian = lax.stop_gradient(found.gramian())
+        elif reads_gramian:
+            gramian, extra["log2_scale"] = lax.stop_gradient(found.balanced_gramian())
         if rule is not None:
             dtype = linalg.accumulation_dtype(losses, params)
             extra |= {"m": losses.shape[0], "dtype": dtype}
@@ -166,7 +165,7 @@ def value_and_grad(
             ok &= new_state.mtl_skipped == state.mtl_skipped
         grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
         new_state = base.skip_unless(ok, new_state, state)
-        value = (found.losses, found.aux) if has_aux else found.losses
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
         return (value, new_state), grads
 
     return evaluate
@@ -230,6 +229,8 @@ def cross_gramian(
                     f"expected the arguments of each batch as a tuple, got {type(args).__name__}; "
                     "write cross_gramian(losses_fn)(params, (batch1,), (batch2,))"
                 )
+        for args in (args1, args2):
+            keywords.check(options.takes(len(args)), kwargs)
         first, second = (
             routes.evaluate(options, params, args, kwargs=kwargs) for args in (args1, args2)
         )
@@ -285,6 +286,9 @@ def explain(
     ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
     """
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    taken = options.takes(len(args))
+    kwargs = keywords.without_inputs(taken, kwargs)
+    keywords.check(taken, kwargs)
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
     texts: list[str] = []  # what `eval_shape` would refuse as an output

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.engine.program import Use
-from jaxmtl.linalg import accumulation_dtype, replicated, whole
+from jaxmtl.linalg import replicated, whole
 
 AxisNames = tuple[int | None, ...]
-
-gramian_dtype = accumulation_dtype
 
 
 @dataclasses.dataclass(frozen=True)

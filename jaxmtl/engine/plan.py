@@ -35,6 +35,8 @@ class Group:
       parts: For "factors", the uses with their factors.
       pairings: For "factors", how parts i and j <= i pair.
       keep: Whether the rows are kept for the weighted sum.
+      bent: Whether the weighted sum is one of rows alone: a custom derivative on the way from the
+        values to the leaves need not be linear.
       reason: Why, in words.
     """
 
@@ -45,6 +47,7 @@ class Group:
     parts: tuple[Part, ...] = ()
     pairings: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     keep: bool = False
+    bent: bool = False
     reason: str = ""
 
 
@@ -65,7 +68,7 @@ def _part_of(use: Use, views: Views, alone: bool) -> Part | None:
     """Returns a use with its factors, if a rule knows them; ``alone``: its group has one value."""
     found = rule_of(use).factors(use)
     names = views.axis_names(use.params[0], alone) if len(use.params) == 1 else None
-    if found is None or names is None:
+    if found is None or names is None or use.probed:
         return None
     if found.lookup is not None and (names[found.lookup] is None or found.shared):
         return None
@@ -127,8 +130,12 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
         for v in (*use.data, *use.outs)
     )
     group.keep = leaf_size <= _KEEP_ROWS * sources
-    if mixed or any(v is None for v in seen):
+    group.bent = any(v.bent for v in group.values)
+    if mixed or group.bent or any(v is None for v in seen):
         group.reason = f"used through another function of the parameter, by {names}"
+        if group.bent:
+            group.keep = True
+            group.reason = f"used through a custom derivative that need not be linear, by {names}"
         if mixed:
             group.reason = f"used together with a parameter that is not shared, by {names}"
         return
@@ -143,7 +150,10 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
     one_box = len({v.pieces for v in seen if v is not None}) == 1
     group.method = "rows" if alone else "leaf rows"
     if missing or len(known) < len(pairings) or not (alone or one_box):
-        if not missing:
+        if any(use.probed for use in group.uses):
+            group.keep = True
+            group.reason = f"differentiated together with the example, by {names}"
+        elif not missing:
             group.reason = f"uses of different shape, by {names}"
         elif len(missing) == 1 and rule_of(missing[0]).has_gradients(missing[0]):
             group.reason = rule_of(missing[0]).reason

@@ -1,13 +1,14 @@
-"""The choice among the three routes."""
+"""The choice among the routes."""
 
 from typing import Any
 
+from jaxmtl import separate
 from jaxmtl.engine.encoder import PerFeature
 from jaxmtl.engine.per_example import PerExample
 from jaxmtl.engine.per_task import PerTask
 from jaxmtl.engine.route import Options, Route
-
-PyTree = Any
+from jaxmtl.engine.separate import Separate
+from jaxmtl.types import PyTree
 
 
 def evaluate(
@@ -28,6 +29,8 @@ def evaluate(
       kwargs: Keywords of the losses function, never mapped.
     """
     kwargs = kwargs or {}
+    if separate.is_several(options.losses_fn):
+        return Separate(options, params, args, kwargs, needs_gramian)
     if options.in_axes is not None:
         return PerExample(options, params, args, kwargs, needs_gramian)
     if options.encoder is not None:

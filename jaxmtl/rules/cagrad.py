@@ -25,8 +25,9 @@ def cagrad(
     ``g_w = J^T w``.
 
     Args:
-      c: Radius relative to the mean gradient, in [0, 1); 0 is the mean. The default is the paper's
-        choice; 0.4 is the common setting of the benchmarks.
+      c: Radius relative to the mean gradient, at least 0; 0 is the mean, and the direction goes to
+        that of `mgda` for large c. The default is the paper's choice; 0.4 is the common setting of
+        the benchmarks.
       preference: (m,) non-negative weights of ``g_0`` in place of 1/m, or None.
       rescale: Factor on the update: None, ``"1/(1+c^2)"`` or ``"1/(1+c)"``.
       num_tasks: m; if given the state logs ``mtl_weights`` and ``mtl_residual``.
@@ -35,13 +36,14 @@ def cagrad(
       An `Aggregator` without inner state.
 
     Raises:
-      ValueError: ``c`` lies outside [0, 1), ``rescale`` is unknown or ``preference`` has a
+      ValueError: ``c`` is negative, ``rescale`` is unknown or ``preference`` has a
         wrong shape or sign.
 
-    **Properties**: weighted, permutation-equivariant, of degree 1; conflicting, not linear
-    under scaling. Where the optimum has ``g_w = 0`` (Pareto-stationary points whose dual cone
-    the ball reaches, such as those with a zero row) every point of the ball in the dual cone
-    is a maximiser; the one nearest to ``g_0``, which is `dual_proj`, is returned.
+    **Properties**: weighted, permutation-equivariant, of degree 1; conflicting for c < 1,
+    non-conflicting from c = 1 on, where the ball holds 0; not linear under scaling. Where the
+    optimum has ``g_w = 0`` (Pareto-stationary points whose dual cone the ball reaches, such as
+    those with a zero row) every point of the ball in the dual cone is a maximiser; the one nearest
+    to ``g_0``, which is `dual_proj`, is returned.
 
     **Reference**: Liu et al. 2021, eq. 3 and algorithm 1; Quinton and Rey 2024, eq. 31.
 
@@ -55,7 +57,7 @@ def cagrad(
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
     [1.5 1.5]
     """
-    checks.check_range("c", c, 0, 1, closed="left")
+    checks.check_range("c", c, 0)
     checks.check_choice("rescale", rescale, _RESCALES)
 
     def weigh(

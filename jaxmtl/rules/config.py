@@ -4,6 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
 
 from jaxmtl import base, linalg, tasks
 from jaxmtl.registry import method
@@ -25,9 +27,9 @@ def config(*, preference: jax.Array | None = None, num_tasks: int | None = None)
       num_tasks: m; if given the state logs ``mtl_weights``.
 
     Returns:
-      An `Aggregator` without inner state. With the Jacobian at hand the normal equations are
-      refined in coordinates (Bjorck 1987), since the Gramian squares the conditioning; with a
-      Gramian alone they are not.
+      An `Aggregator` without inner state. With the Jacobian at hand the problem is solved in
+      coordinates, by two products of m rows; with a Gramian alone by the normal equations, where
+      the condition of U counts squared.
 
     Raises:
       ValueError: ``preference`` has a wrong shape or sign.
@@ -58,23 +60,65 @@ def config(*, preference: jax.Array | None = None, num_tasks: int | None = None)
         usable = task_mask & ~zero
         shares = tasks.shares(preference, task_mask, gramian.dtype)
         cosines = jnp.where(usable, shares / jnp.max(shares), 0)
-        inverse, _, rounding = pseudo_inverse(jnp.where(usable[:, None] & usable[None, :], unit, 0))
-        v = inverse @ cosines
-        reached = unit @ v
-        square = v @ reached
-        if jacobian is not None:
-            rows = _unit_rows(jacobian, norms, log2_scale, gramian.dtype)
-            for _ in range(2):
-                v = v + inverse @ (cosines - _products(rows, linalg.combine(rows, v)))
-            x = linalg.combine(rows, v)
-            reached, square = _products(rows, x), linalg.gramian(_one_row(x))[0, 0]
+        unit = jnp.where(tasks.pairs(usable), unit, 0)
+        if jacobian is None:
+            v, reached, rounding = _normal_equations(unit, cosines)
+            square = v @ reached
+        else:
+            rows = _unit_rows(jacobian, jnp.where(usable, norms, 1), log2_scale, gramian.dtype)
+            v, reached, square = _least_norm(rows, unit, cosines)
+            rounding = jnp.asarray(64 * unit.shape[0] * jnp.finfo(unit.dtype).eps)
         total = jnp.where(usable, norms, 0) @ reached  # sum_i g_i . x
         # U x is the projection of p onto the range of U.
         vanishes = jnp.linalg.norm(reached) <= rounding * jnp.linalg.norm(cosines)
+        vanishes |= square <= 0
         length = jnp.where(vanishes, 0, total / jnp.where(vanishes, 1, square))
         return jnp.where(usable, length * v / norms, 0)
 
     return base.from_weighting(weigh, num_tasks=num_tasks, preference=preference)
+
+
+def _normal_equations(
+    unit: jax.Array, cosines: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns v with ``U^T v = pinv(U) p``, U x, and the relative size of rounding in them."""
+    inverse, _, rounding = pseudo_inverse(unit)
+    v = inverse @ cosines
+    return v, unit @ v, rounding
+
+
+def _least_norm(
+    rows: Any, unit: jax.Array, cosines: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Solves as `_normal_equations`, from coordinates: the errors grow with the condition of U.
+
+    Shifted Cholesky QR (Fukaya et al. 2020): the rows are combined into nearly orthonormal ones,
+    ``U = L Q``, whose own Gramian is well conditioned. In the Gramian of U the square of its
+    condition would count.
+
+    Returns:
+      v (m,), U x (m,) and ``|x|^2``.
+    """
+    m, eps = unit.shape[0], jnp.finfo(unit.dtype).eps
+    shift = 2 * m * eps * jnp.trace(unit)
+    lower = jnp.linalg.cholesky(unit + jnp.maximum(shift, eps) * jnp.eye(m, dtype=unit.dtype))
+    inverse = solve_triangular(lower, jnp.eye(m, dtype=unit.dtype), lower=True)
+    second = linalg.gramian(linalg.combine_rows(rows, inverse))
+    values, vectors = jnp.linalg.eigh(second)
+    kept = values > 8 * m * eps * values[-1]
+    # Left vectors that U^T annuls: their part of p cannot be reached.
+    null = _matmul(inverse.T, jnp.where(kept, 0, vectors))
+    sizes, directions = jnp.linalg.eigh(_matmul(null, null.T))
+    directions = jnp.where((sizes > eps**0.5 * sizes[-1]) & ~jnp.all(kept), directions, 0)
+    reached = cosines - _matmul(directions, _matmul(directions.T, cosines))
+    along = _matmul(vectors.T, _matmul(inverse, reached))
+    scaled = jnp.where(kept, along / jnp.where(kept, values, 1), 0)
+    v = _matmul(inverse.T, _matmul(vectors, scaled))
+    return v, reached, jnp.sum(along * scaled)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
 def _unit_rows(jacobian: Any, norms: jax.Array, log2_scale: jax.Array, dtype: jnp.dtype) -> Any:
@@ -82,11 +126,3 @@ def _unit_rows(jacobian: Any, norms: jax.Array, log2_scale: jax.Array, dtype: jn
         return linalg.ldexp(x.astype(dtype), -log2_scale) / linalg.column(norms, x)
 
     return jax.tree.map(leaf, jacobian)
-
-
-def _one_row(x: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[None], x)
-
-
-def _products(rows: Any, x: Any) -> jax.Array:
-    return linalg.gramian(rows, _one_row(x))[:, 0]
