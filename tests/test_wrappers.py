@@ -1,4 +1,4 @@
-"""The README's table of optimizers and wrappers: each row is printed from its own check.
+"""The documentation's table of optimizers and wrappers: each row is printed from its own check.
 
 ``python -m tests.test_wrappers`` prints the table.
 """
@@ -46,7 +46,7 @@ def row(wrapper, verdict, note):
 
 
 def table() -> str:
-    """Returns the README's table in Markdown."""
+    """Returns the table in Markdown."""
     lines = ["| wrapper or optimizer | verdict | how |", "|---|---|---|"]
     lines += [f"| {row.wrapper} | {row.verdict} | {row.note} |" for row in ROWS]
     return "\n".join(lines)
@@ -692,8 +692,9 @@ def test_row(row):
     row.check()
 
 
-def test_the_table_of_the_readme_is_the_one_checked_here():
-    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
+def test_the_table_of_the_guide_is_the_one_checked_here():
+    page = Path(__file__).parents[1] / "notebooks" / "guide" / "wrappers.md"
+    assert table() in page.read_text()
     assert len({row.wrapper for row in ROWS}) == len(ROWS)
 
 
