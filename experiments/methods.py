@@ -4,12 +4,10 @@ Every method of the library is in it under its own name, with what the studies a
 library leaves a number open.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from inspect import isfunction, signature
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 import jaxmtl
@@ -36,31 +34,12 @@ class Method(NamedTuple):
         return self._replace(make=lambda m, **more: change(self.make(m, **more), m))
 
 
-def make(name: str, num_tasks: int, **hyperparameters: Any) -> jaxmtl.Aggregator:
-    """Returns a method of the library for so many tasks."""
-    factory = getattr(jaxmtl, name)
-    if "num_tasks" in signature(factory).parameters:
-        hyperparameters["num_tasks"] = num_tasks
-    aggregator: jaxmtl.Aggregator = factory(**hyperparameters)
-    return aggregator
-
-
-def library_names() -> Iterable[str]:
-    """Yields what makes an aggregator of nothing but hyperparameters."""
-    for name in jaxmtl.__all__:
-        thing = getattr(jaxmtl, name)
-        if not isfunction(thing) or signature(thing).return_annotation is not jaxmtl.Aggregator:
-            continue
-        if not {"aggregator", "inner", "weigh"} & set(signature(thing).parameters):
-            yield name
-
-
 def needs(method: Method) -> str:
     """Returns what a method has to see of the gradients: coordinates, Gramian, or none."""
     weighting = getattr(method.make(max(method.min_tasks, 2)), "weighting", None)  # a chain: none
     if weighting is None:
         return "coordinates"
-    return "Gramian" if "gramian" in weighting.rule.reads else "none"
+    return "Gramian" if "gramian" in weighting.rule.needs else "none"
 
 
 def corollary_1(shape: optax.Schedule) -> Callable[[Any, int], Any]:
@@ -75,36 +54,21 @@ def mean(aggregator: Any, num_tasks: int) -> optax.GradientTransformationExtraAr
     return optax.chain(aggregator, optax.scale(1 / num_tasks))
 
 
-def pcgrad_mean(num_tasks: int) -> jaxmtl.Aggregator:
-    """Returns PCGrad as Zhou 2022 writes it, the mean of the projected gradients.
-
-    It is a rule of its own and not ``pcgrad`` scaled afterwards: corollary 1 measures how far the
-    weights move, and starts them at 1/m.
-    """
-    inner = jaxmtl.pcgrad().weighting
-
-    def weigh(
-        gramian: jax.Array, state: Any, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        weights, state = inner.update(gramian, state, key=key)
-        return weights / len(weights), state
-
-    return jaxmtl.from_weighting(weigh, init=inner.init, num_tasks=num_tasks)
-
-
-_INPUTS = {
-    "famo": ("previous_batch_losses",),
-    "modo": ("cross_gramian",),
-    "sdmgrad": ("cross_gramian",),
-}
 _MIN_TASKS = {"krum": 5, "trimmed_mean": 3}
-_HYPERPARAMETERS: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 2.0}}
+_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "cagrad": {"c": 0.4},
+    "fairgrad": {"alpha": 2.0},
+    "hypervolume_scalarization": {"reference": 2.0},  # above cross-entropies of two classes
+}
 
 METHODS: dict[str, Method] = {
     name: Method(
-        partial(make, name, **_HYPERPARAMETERS.get(name, {})),
-        _INPUTS.get(name, ()),
+        lambda m, name=name, **more: jaxmtl.make(
+            name, num_tasks=m, **(_HYPERPARAMETERS.get(name, {}) | more)
+        ),
+        tuple(n for n in description.needs if n not in ("gramian", "jacobian", "losses")),
         _MIN_TASKS.get(name, 1),
     )
-    for name in library_names()
-} | {"pcgrad_mean": Method(pcgrad_mean)}
+    for name, description in jaxmtl.methods().items()
+    if description.needs != ("rule",)
+}

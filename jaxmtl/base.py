@@ -1,320 +1,40 @@
-"""The one abstraction: an aggregator is an optax transformation with a weighting.
+"""The one abstraction: a rule is a function that gets the inputs it names.
 
-A *weighting* maps the ``(m, m)`` Gramian of the per-task gradients to ``(m,)``
-weights; an *aggregator* maps the Jacobian itself to an update. Authors write one
-function and wrap it once, with `from_weighting` or `from_rows`; checks, scaling,
-masking, the guard against non-finite values and logging are added here.
+A *weighting* maps the ``(m, m)`` Gramian of the per-task gradients, or the losses, to ``(m,)``
+weights; an *aggregator* maps the Jacobian itself to an update. Authors write one function and wrap
+it once, with `from_weighting` or, where it needs the coordinates of the gradients, `from_rows`.
+Checks, scaling, masking, the guard against non-finite values and logging are added here.
 """
 
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from optax.experimental import aggregating
 
-from jaxmtl import linalg
+from jaxmtl import checks, linalg, tasks
+from jaxmtl.types import (
+    ASKS,
+    INPUTS,
+    STATES,
+    SUPPLIED,
+    Aggregator,
+    AggregatorState,
+    Jacobian,
+    PyTree,
+    Rule,
+    SolverState,
+    Weighting,
+    WeightsState,
+)
 
-PyTree = Any
-Jacobian = PyTree
-
-
-class Rule(NamedTuple):
-    """What the author of a weighting wrote, in one form.
-
-    Attributes:
-      init: ``init() -> state``; ``()`` for a rule without state of its own.
-      apply: ``apply(gramian, state, **inputs) -> (weights, state, residual)``.
-      reads: Names of the inputs that the rule needs; the guard tests these alone.
-      num_tasks: m if it was given at construction.
-      residual: Whether a solver ran, so that there is a residual to log.
-      extras: Names of the inputs that the rule understands; None for any.
-    """
-
-    init: Callable[[], PyTree]
-    apply: Callable[..., tuple[jax.Array, PyTree, jax.Array | None]]
-    reads: tuple[str, ...] = ("gramian",)
-    num_tasks: int | None = None
-    residual: bool = False
-    extras: frozenset[str] | None = None
-
-
-class Weighting(NamedTuple):
-    """A map from the Gramian (or the losses) to weights.
-
-    Attributes:
-      init: ``init() -> state``.
-      update: ``update(gramian, state, *, losses=None, **extra) -> (weights, state)``
-        with ``gramian`` of shape ``(m, m)`` (None for rules that do not read it) and
-        ``weights`` of shape ``(m,)``.
-      rule: The bare rule, which combinators wrap again.
-    """
-
-    init: Callable[[], PyTree]
-    update: Callable[..., tuple[jax.Array, PyTree]]
-    rule: Rule | None = None
-
-
-class Aggregator(aggregating.Aggregator):
-    """An optax transformation from stacked per-task gradients to one update.
-
-    ``init(params) -> state`` and ``update(jacobian, state, params, **extra) ->
-    (update, state)``, where each leaf of ``jacobian`` has shape ``(m, *leaf.shape)``.
-
-    Attributes:
-      weighting: The same method as a map from the Gramian to weights, or None where
-        the method needs the coordinates of the gradients.
-    """
-
-    weighting: Weighting
-
-    def __new__(
-        cls,
-        init: Callable[..., PyTree],
-        update: Callable[..., tuple[PyTree, PyTree]],
-        weighting: Weighting | None = None,
-    ) -> "Aggregator":
-        """Makes an aggregator of its two functions and, where there is one, its weighting."""
-        self = super().__new__(cls, init, update)
-        # Declared without None: a rule with a weighting can then be used without a check.
-        self.weighting = weighting
-        return self
-
-
-class AggregatorState(NamedTuple):
-    """State of an aggregator that logs nothing.
-
-    Attributes:
-      mtl_skipped: int32 scalar, the number of steps skipped for a non-finite value.
-      inner: The rule's own state.
-    """
-
-    mtl_skipped: jax.Array
-    inner: PyTree
-
-
-class WeightsState(NamedTuple):
-    """State of an aggregator constructed with ``num_tasks``.
-
-    Attributes:
-      mtl_skipped: int32 scalar, the number of steps skipped for a non-finite value.
-      inner: The rule's own state.
-      mtl_weights: (m,) weights of the last step that was not skipped.
-    """
-
-    mtl_skipped: jax.Array
-    inner: PyTree
-    mtl_weights: jax.Array
-
-
-class SolverState(NamedTuple):
-    """State of an aggregator constructed with ``num_tasks`` whose rule runs a solver.
-
-    Attributes:
-      mtl_skipped: int32 scalar, the number of steps skipped for a non-finite value.
-      inner: The rule's own state.
-      mtl_weights: (m,) weights of the last step that was not skipped.
-      mtl_residual: Scalar, the relative KKT residual of the solver at that step.
-    """
-
-    mtl_skipped: jax.Array
-    inner: PyTree
-    mtl_weights: jax.Array
-    mtl_residual: jax.Array
-
-
-class RandomState(NamedTuple):
-    """State of a rule that draws random numbers.
-
-    Attributes:
-      mtl_step: int32 scalar, the number of draws so far.
-    """
-
-    mtl_step: jax.Array
-
-
-def init_random() -> RandomState:
-    """Returns the state of a rule that has drawn nothing yet."""
-    return RandomState(jnp.zeros((), jnp.int32))
-
-
-def draw_key(seed: int, step: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Returns the key of this step: ``key`` if given, else one made of seed and step."""
-    return jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-
-
-def uniform_weights(task_mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns 1/m over the present tasks, with m their number; 0 elsewhere."""
-    present = task_mask.astype(dtype)
-    return present / jnp.maximum(jnp.sum(present), 1)
-
-
-def preference_weights(
-    preference: jax.Array | None, task_mask: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    """Returns the preference restricted to the present tasks, their total kept; 1/m if None."""
-    if preference is None:
-        return uniform_weights(task_mask, dtype)
-    total = jnp.asarray(preference, dtype)
-    kept = jnp.where(task_mask, total, 0)
-    share = jnp.sum(kept)
-    scale = jnp.where(share > 0, jnp.sum(total) / jnp.where(share > 0, share, 1), 0)
-    return jnp.where(jnp.all(task_mask), total, kept * scale)
-
-
-# --- checks at construction -------------------------------------------------------------------
-
-
-def check_num_tasks(num_tasks: int | None, *, required_by: str | None = None) -> None:
-    """Raises a ValueError unless ``num_tasks`` is a positive int, or None where allowed."""
-    if num_tasks is None:
-        if required_by:
-            raise ValueError(
-                f"{required_by} keeps a state of the size of the tasks: expected num_tasks=m, "
-                "got None; pass the number of tasks at construction"
-            )
-        return
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
-        raise ValueError(
-            f"expected num_tasks to be a positive int, got {num_tasks!r}; under "
-            'inject_hyperparams pass static_args=("num_tasks",)'
-        )
-
-
-def check_range(
-    name: str, value: Any, low: float, high: float = float("inf"), *, closed: str = "both"
-) -> None:
-    """Raises a ValueError if a hyperparameter that is known lies outside its range.
-
-    Values that are only known at run time (under ``inject_hyperparams``) pass.
-    ``closed`` says which ends belong to the range: both, left, right or neither.
-    """
-    try:
-        number = float(value)
-    except jax.errors.ConcretizationTypeError:
-        return
-    except (TypeError, ValueError):
-        raise ValueError(f"expected {name} to be a number, got {value!r}") from None
-    left = number >= low if closed in ("both", "left") else number > low
-    right = number <= high if closed in ("both", "right") else number < high
-    if not (left and right):
-        opening = "[" if closed in ("both", "left") else "("
-        closing = "]" if closed in ("both", "right") and high != float("inf") else ")"
-        raise ValueError(
-            f"expected {name} in {opening}{low:g}, {high:g}{closing}, got {number:g}; "
-            "choose a value inside the range"
-        )
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raises a ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")
-
-
-def check_vector(
-    name: str, value: Any, num_tasks: int | None, *, sign: str = "nonnegative"
-) -> jax.Array | None:
-    """Returns ``value`` as a floating point vector over tasks, or None.
-
-    Raises:
-      ValueError: It is not one-dimensional, disagrees with ``num_tasks``, is not
-        finite, is all zero, or (``sign``: any, nonnegative, positive) has a wrong sign.
-    """
-    if value is None:
-        return None
-    vector = jnp.asarray(value)
-    if not jnp.issubdtype(vector.dtype, jnp.floating):
-        vector = vector.astype(jnp.result_type(float))
-    if vector.ndim != 1 or not vector.size:
-        raise ValueError(
-            f"expected {name} of shape (m,), one entry per task, got shape {vector.shape}"
-        )
-    if num_tasks is not None and vector.shape != (num_tasks,):
-        raise ValueError(
-            f"expected {name} of shape ({num_tasks},) to agree with num_tasks, got {vector.shape}"
-        )
-    try:
-        low, finite = float(jnp.min(vector)), bool(jnp.all(jnp.isfinite(vector)))
-        total = float(jnp.sum(jnp.abs(vector)))
-    except jax.errors.ConcretizationTypeError:
-        return vector
-    if not finite:
-        raise ValueError(f"expected finite entries in {name}, got {value!r}")
-    if sign != "any" and (low < 0 or total == 0 or (sign == "positive" and low <= 0)):
-        raise ValueError(
-            f"expected {name} to have {sign} entries, not all zero, got {value!r}; "
-            "it says how much each task matters"
-        )
-    return vector
-
-
-# --- checks while tracing ---------------------------------------------------------------------
-
-
-def check_tasks(m: int, num_tasks: int | None) -> None:
-    """Raises a ValueError if the number of tasks differs from the one at construction."""
-    if num_tasks is not None and m != num_tasks:
-        raise ValueError(
-            f"expected {num_tasks} tasks, as given by num_tasks (or a vector over tasks) at "
-            f"construction, got {m}; make both agree"
-        )
-
-
-def check_jacobian(jacobian: Jacobian, params: PyTree, num_tasks: int | None) -> int:
-    """Checks a Jacobian against the parameters and returns the number of tasks."""
-    if params is None:
-        raise ValueError(
-            "expected update(jacobian, state, params), got params=None; aggregators check the "
-            "task axis against the parameters, so pass them"
-        )
-    got: Any = jax.tree.structure(jacobian)
-    expected: Any = jax.tree.structure(params)
-    if got != expected:
-        raise ValueError(
-            f"expected a Jacobian with the structure of params, {expected}, got {got}; "
-            "differentiate with respect to the same parameters"
-        )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(jacobian), jax.tree.leaves(params), strict=True)
-    for (path, row), param in pairs:
-        name = jax.tree_util.keystr(path) or "the Jacobian"
-        if jnp.shape(row) == jnp.shape(param):
-            raise ValueError(
-                f"expected shape (m, *{jnp.shape(param)}) at {name}, got "
-                f"{jnp.shape(row)}, the shape of the parameter itself, without a task axis; pass "
-                "the stacked per-task gradients (value_and_jacobian), put the aggregator first "
-                "in the chain, and use jaxmtl.multi_steps for optax.MultiSteps"
-            )
-        if jnp.shape(row)[1:] != jnp.shape(param):
-            raise ValueError(
-                f"expected shape (m, *{jnp.shape(param)}) at {name}, got {jnp.shape(row)}; put "
-                "the task axis first, and optax.flatten after the aggregator"
-            )
-    m = linalg.num_rows(jacobian)
-    check_tasks(m, num_tasks)
-    return m
-
-
-def _check_per_task(name: str, value: Any, m: int) -> jax.Array:
-    array = jnp.asarray(value)
-    if array.shape != (m,):
-        raise ValueError(
-            f"expected {name} of shape ({m},), one per task, got {array.shape}; pass the vector "
-            "of all m tasks"
-        )
-    return array
-
-
-def _check_mask(task_mask: Any, m: int) -> jax.Array:
-    if task_mask is None:
-        return jnp.ones((m,), bool)
-    mask = _check_per_task("task_mask", task_mask, m)
-    if mask.dtype != bool:
-        raise ValueError(f"expected a bool task_mask, got {mask.dtype}; pass mask.astype(bool)")
-    return mask
+# Supplied as None where nobody gives them.
+_OR_NONE = ("key", "preference")
+_KNOWN = ("gramian", "jacobian", *INPUTS, *SUPPLIED)
 
 
 # --- the guard --------------------------------------------------------------------------------
@@ -323,7 +43,7 @@ def _check_mask(task_mask: Any, m: int) -> jax.Array:
 def skip_unless(ok: jax.Array, new_state: PyTree, state: PyTree) -> PyTree:
     """Returns the new state if ``ok``, else the old one with one more step in ``mtl_skipped``."""
     skipped = state
-    if isinstance(state, AggregatorState | WeightsState | SolverState):
+    if isinstance(state, STATES):
         skipped = state._replace(mtl_skipped=state.mtl_skipped + 1)
     return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new_state, skipped)
 
@@ -335,14 +55,77 @@ def guard_update(update: PyTree, new_state: PyTree, state: PyTree) -> tuple[PyTr
     return zeroed, skip_unless(ok, new_state, state)
 
 
-# --- wrapping a rule --------------------------------------------------------------------------
+# --- the function of an author ----------------------------------------------------------------
 
 
-def _named_inputs(function: Callable[..., Any], skip: int) -> frozenset[str] | None:
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters[skip:])
+def _name_of(function: Callable[..., Any]) -> str:
+    path = getattr(getattr(function, "func", function), "__qualname__", "").split(".<locals>.")
+    # Within the library, and by its custom, the method is what encloses its rule.
+    name = path[0] if path[-1] in ("weigh", "aggregate", "<lambda>") else path[-1]
+    return name if name.isidentifier() else "this method"
+
+
+def requiring(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """Returns the function with some of its optional inputs required.
+
+    For a rule whose needs depend on its options: ``requiring(weigh, "features")``.
+    """
+    signature = inspect.signature(function)
+    changed = [
+        p.replace(default=p.empty, kind=p.KEYWORD_ONLY) if p.name in names else p
+        for p in signature.parameters.values()
+    ]
+    changed.sort(key=lambda p: p.kind)
+
+    @functools.wraps(function)
+    def same(*args: Any, **inputs: Any) -> Any:
+        return function(*args, **inputs)
+
+    same.__signature__ = signature.replace(parameters=changed)  # type: ignore[attr-defined]
+    return same
+
+
+def _read_signature(function: Callable[..., Any]) -> tuple[frozenset[str], frozenset[str], bool]:
+    # The names that the function needs, those that it accepts, and whether it takes any other.
+    name = _name_of(function)
+    bound = getattr(function, "keywords", {})
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.name not in bound and p.kind is not p.VAR_KEYWORD]
+    for p in named:
+        if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL):
+            raise ValueError(
+                f"a rule receives its inputs by name: expected plain parameters of {name}, got "
+                f"{p}; name those of {', '.join(_KNOWN)} that it reads"
+            )
+    if named and not any(p.name in _KNOWN for p in named):
+        raise ValueError(
+            f"a rule receives the inputs that it names: expected parameters of {name} among "
+            f"{', '.join(_KNOWN)} (and names of your own, passed to update), got "
+            f"({', '.join(p.name for p in named)}); write for instance lambda gramian: ..."
+        )
+    required = {p.name for p in named if p.default is p.empty}
+    needs = frozenset(required.difference(SUPPLIED, _OR_NONE))
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    accepts = {p.name for p in named} - needs | ({"task_mask"} if open_ended else set())
+    return needs, frozenset(accepts), open_ended
+
+
+def _caller(
+    function: Callable[..., Any],
+) -> tuple[Callable[..., Any], frozenset[str], frozenset[str], bool]:
+    needs, accepts, open_ended = _read_signature(function)
+    named = (needs | accepts) & set(inspect.signature(function).parameters)
+
+    def call(inputs: Mapping[str, Any], state: PyTree) -> Any:
+        given = {name: value for name, value in inputs.items() if name in named}
+        if open_ended:
+            others = set(inputs).difference(named, SUPPLIED, ("gramian", "jacobian"))
+            given |= {name: inputs[name] for name in others if inputs[name] is not None}
+        if "state" in named:
+            given["state"] = state
+        return function(**given)
+
+    return call, needs, accepts, open_ended
 
 
 def from_weighting(
@@ -350,34 +133,51 @@ def from_weighting(
     *,
     init: Callable[[], PyTree] | None = None,
     num_tasks: int | None = None,
-    reads: tuple[str, ...] = ("gramian",),
+    preference: Any = None,
     residual: bool = False,
+    head_weights: Callable[[PyTree, jax.Array], jax.Array] | None = None,
+    **old: Any,
 ) -> Aggregator:
-    """Makes an aggregator of a function from the Gramian to weights.
+    """Makes an aggregator of a function from the Gramian, or the losses, to weights.
+
+    The function receives the inputs that it names. A parameter without a default is what it cannot
+    do without: the Gramian is computed only for a function that names it, and a missing input is
+    an error that says so.
 
     Args:
-      weigh: ``weigh(gramian, **inputs) -> weights``, with ``gramian`` of shape ``(m, m)``,
-        scaled by a power of four so that its largest diagonal entry is near 1, and weights
-        of shape ``(m,)``. With ``init``: ``weigh(gramian, state, **inputs) -> (weights,
-        state)``; a `Weighting` gives both at once. It receives those of the keyword inputs
-        that it names: ``losses`` (m,), ``task_mask`` (m,) bool (always an array; rows and
-        columns of absent tasks are zero), ``log2_scale`` (int32; the true Gramian is
-        ``gramian * 4**log2_scale``), ``jacobian`` (the rows, on the Jacobian route
-        only), ``key`` and whatever the user passes to ``update``.
-        A rule that does not name ``task_mask`` refuses one.
+      weigh: A function of any of these, by name, that returns weights (m,); with ``init`` the pair
+        ``(weights, state)``. A `Weighting` is taken as it is.
+
+        * ``gramian``: (m, m), scaled by a power of four so that its largest diagonal entry is
+          near 1; rows and columns of absent tasks are zero.
+        * ``losses`` (m,), 1 for absent tasks; ``cross_gramian`` (m, m), 0 beside them;
+          ``previous_batch_losses``, ``lower_losses`` (m,); ``features``.
+        * ``jacobian``: the rows, leaves (m, *leaf.shape), on the Jacobian route only, so give it
+          the default None (or use `from_rows`).
+        * ``preference`` (m,) or None: the one passed to ``update``, else the one given here.
+        * ``key``: the one passed to ``update``, or None.
+        * ``state``, ``task_mask`` (m,) bool, ``m``, ``dtype`` (of the weights) and ``log2_scale``
+          (int32; the true Gramian is ``gramian * 4**log2_scale``): always there. A rule that does
+          not name ``task_mask`` refuses one.
+        * any other name: whatever the user passes to ``update`` under it. Keywords that
+          `functools.partial` has bound are not inputs.
       init: ``init() -> state`` of a rule with state; shapes and dtypes never change.
       num_tasks: m. If given, the state logs ``mtl_weights`` and, with ``residual``,
         ``mtl_residual``, and other numbers of tasks are refused.
-      reads: Names of the inputs that the rule cannot do without. The guard tests these
-        for finite values. Without ``"gramian"`` none is computed.
+      preference: (m,) non-negative weights of the tasks, or None; ``update(..., preference=)``
+        overrides it.
       residual: Whether ``weigh`` returns a `jaxmtl.solvers.Solution` in place of weights.
+      head_weights: ``head_weights(state, task_mask) -> (m,)``: the weights, at the state before
+        the step, of the parameters that ``shared=`` leaves out of the Gramian.
+      **old: Refused: ``reads=`` of earlier versions is now what the function names.
 
     Returns:
       An `Aggregator`. Its state is an `AggregatorState`, `WeightsState` or `SolverState`.
 
     Raises:
-      ValueError: When tracing, if the Jacobian does not fit ``params``, or an input that
-        the rule reads is missing.
+      ValueError: The function names no input, or ``preference`` has a wrong shape or sign. When
+        tracing, if the Jacobian does not fit ``params``, or an input that the rule needs is
+        missing.
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> inverse_norms = jaxmtl.from_weighting(lambda gramian: 1 / jnp.sqrt(jnp.diagonal(gramian)))
@@ -386,154 +186,215 @@ def from_weighting(
     >>> print((update / jnp.linalg.norm(update)).round(3))
     [0.316 0.949]
     """
+    checks.refuse_old("from_weighting", old, "inputs to be named by the function itself")
     if isinstance(weigh, Weighting):
         if weigh.rule is not None:
             return from_rule(weigh.rule._replace(num_tasks=num_tasks or weigh.rule.num_tasks))
-        init, weigh = weigh.init, weigh.update
+        init, weigh = weigh.init, _by_position(weigh.update)
+    call, needs, accepts, open_ended = _caller(weigh)
+    name = _name_of(weigh)
+    if "jacobian" in needs:
+        raise checks.missing_input("jacobian", name)
     stateful = init is not None
-    function: Callable[..., Any] = weigh
-    extras = _named_inputs(function, 2 if stateful else 1)
 
     def apply(
-        gramian: jax.Array, state: PyTree, **inputs: Any
+        inputs: Mapping[str, Any], state: PyTree
     ) -> tuple[jax.Array, PyTree, jax.Array | None]:
-        if extras is not None:
-            inputs = {name: value for name, value in inputs.items() if name in extras}
-        if stateful:
-            weights, state = function(gramian, state, **inputs)
-        else:
-            weights = function(gramian, **inputs)
-        return (weights.value, state, weights.residual) if residual else (weights, state, None)
+        result = call(inputs, state)
+        weights, state = result if stateful else (result, state)
+        found = (weights.value, weights.residual) if residual else (weights, None)
+        checks.check_weights(found[0], inputs["m"], name, stateful)
+        return found[0], state, found[1]
 
-    return from_rule(Rule(init or tuple, apply, reads, num_tasks, residual, extras))
+    rule = Rule(init or tuple, apply, needs, accepts, num_tasks, residual=residual, name=name)
+    vector = checks.check_vector("preference", preference, num_tasks)
+    rule = rule._replace(preference=vector, open_ended=open_ended)
+    return from_rule(rule._replace(head_weights=head_weights))
+
+
+def _by_position(update: Callable[..., Any]) -> Callable[..., Any]:
+    # A weighting from elsewhere takes the Gramian and its state first, then keywords.
+    def weigh(gramian: jax.Array, state: PyTree, task_mask: jax.Array, **inputs: Any) -> Any:
+        return update(gramian, state, task_mask=task_mask, **inputs)
+
+    return weigh
+
+
+# --- the inputs of one step -------------------------------------------------------------------
+
+
+def _collect(rule: Rule, given: dict[str, Any]) -> dict[str, Any]:
+    """Drops what is None, adds the preference of the construction, and reports what is missing."""
+    # None stands for nothing, but under a name of the author's own.
+    given = {n: x for n, x in given.items() if x is not None or n not in _KNOWN}
+    if rule.preference is not None:
+        given.setdefault("preference", rule.preference)
+    for name in sorted(rule.needs):
+        if name not in given:
+            raise checks.missing_input(name, rule.name)
+    return checks.stack_named(given)
+
+
+def _count_tasks(rule: Rule, given: dict[str, Any], m: int | None) -> int:
+    if m is None:
+        of_tasks = [n for n in ("losses", "cross_gramian") if jnp.ndim(given.get(n, 0))]
+        m = jnp.shape(given[of_tasks[0]])[0] if of_tasks else rule.num_tasks
+    if m is None:
+        raise ValueError(
+            f"{rule.name} does not know the number of tasks: expected a Gramian, losses or "
+            "num_tasks, got none; pass num_tasks=m at construction"
+        )
+    checks.check_tasks(m, rule.num_tasks)
+    if rule.preference is not None:
+        checks.check_tasks(m, rule.preference.size, "preference")
+    return m
+
+
+def _prepare(
+    rule: Rule, given: dict[str, Any], task_mask: Any, m: int, dtype: Any
+) -> tuple[dict[str, Any], jax.Array]:
+    """Returns the checked inputs by name, without the entries of absent tasks, and the mask."""
+    if task_mask is not None and "task_mask" not in rule.accepts:
+        raise ValueError(
+            f"{rule.name} does not take a task_mask: expected a function that names task_mask "
+            "among its inputs; add the argument, or drop the mask"
+        )
+    mask = checks.check_mask(task_mask, m)
+    inputs: dict[str, Any] = {"key": None, "preference": None}
+    for name, value in given.items():
+        known = INPUTS.get(name)
+        if known is not None and known.task_axes:
+            value = checks.check_per_task(name, value, m)
+            if name != "preference":
+                value = value.astype(jnp.promote_types(dtype, linalg.accumulation_dtype(value)))
+            if known.absent is not None:
+                here = mask if known.task_axes == 1 else tasks.pairs(mask)
+                value = jnp.where(here, value, known.absent)
+        inputs[name] = value
+    # Weights carry no gradient, and solvers are loops without a reverse mode.
+    inputs = jax.tree.map(lambda x: x if callable(x) else lax.stop_gradient(x), inputs)
+    return inputs | {"task_mask": mask, "m": m, "dtype": dtype}, mask
+
+
+def _guarded(rule: Rule, inputs: Mapping[str, Any]) -> jax.Array:
+    """Tells whether everything that the rule cannot do without is finite."""
+    names = [n for n in rule.needs if n not in INPUTS or INPUTS[n].guarded]
+    return linalg.all_finite([inputs[name] for name in sorted(names)])
+
+
+def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, old)
+
+
+def finished(rule: Rule, weights: jax.Array, inputs: Mapping[str, Any]) -> jax.Array:
+    """Returns the weights after what the rule does with them at every step."""
+    return weights if rule.finish is None else rule.finish(weights, inputs)
+
+
+# --- wrapping a rule --------------------------------------------------------------------------
 
 
 def from_rule(rule: Rule) -> Aggregator:
-    """Makes an aggregator of a bare rule: the guard, logging and both routes."""
-    check_num_tasks(rule.num_tasks)
-    m_logged = rule.num_tasks
+    """Makes an aggregator of a bare rule on weights: the guard, logging and both routes."""
+    checks.check_num_tasks(rule.num_tasks)
+    num_tasks = rule.num_tasks
 
     def init() -> PyTree:
-        skipped, inner = jnp.zeros((), jnp.int32), rule.init()
-        if m_logged is None:
+        if not rule.keeps_state:
+            return optax.EmptyState()
+        skipped, inner = jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init())
+        if num_tasks is None:
             return AggregatorState(skipped, inner)
-        weights = jnp.zeros((m_logged,), jnp.result_type(float))
+        weights = jnp.zeros((num_tasks,), jnp.result_type(float))
         if not rule.residual:
             return WeightsState(skipped, inner, weights)
         return SolverState(skipped, inner, weights, jnp.zeros((), weights.dtype))
+
+    def own(state: PyTree) -> PyTree:
+        return state.inner if isinstance(state, STATES) else ()
+
+    def record(state: PyTree, weights: jax.Array, inner: PyTree, residual: Any) -> PyTree:
+        if not rule.keeps_state:
+            return state
+        new = state._replace(inner=_in_dtypes_of(state.inner, inner))
+        if num_tasks is not None:
+            new = new._replace(mtl_weights=weights.astype(state.mtl_weights.dtype))
+            if rule.residual:
+                new = new._replace(mtl_residual=jnp.asarray(residual, state.mtl_residual.dtype))
+        return new
 
     def update(
         gramian: jax.Array | None,
         state: PyTree,
         *,
-        losses: jax.Array | None = None,
         task_mask: jax.Array | None = None,
+        m: int | None = None,
+        dtype: Any = None,
         log2_scale: jax.Array | int = 0,
         **extra: Any,
     ) -> tuple[jax.Array, PyTree]:
-        inputs = dict(extra, losses=losses)
-        for name in rule.reads:
-            if name != "gramian" and inputs.get(name) is None:
-                raise ValueError(
-                    f"this method reads {name}: expected update(..., {name}=...), got none; "
-                    f"pass {name} as a keyword"
-                )
-        m = _check_gramian(gramian, losses, rule)
-        check_tasks(m, m_logged)
-        if task_mask is not None and rule.extras is not None and "task_mask" not in rule.extras:
-            raise ValueError(
-                "this weighting does not take a task_mask: expected a function that names "
-                "task_mask among its inputs; add the argument, or drop the mask"
-            )
-        mask = _check_mask(task_mask, m)
-        if losses is not None:
-            losses = _check_per_task("losses", losses, m)
-            inputs["losses"] = jnp.where(mask, losses, jnp.ones_like(losses))
-        # Weights carry no gradient, and solvers are loops without a reverse mode.
-        inputs = jax.tree.map(lambda x: x if callable(x) else lax.stop_gradient(x), inputs)
-        dtype = linalg.accumulation_dtype(gramian, inputs["losses"])
-        if gramian is None:  # of a rule that takes no more than m and the dtype from it
-            gramian = jnp.zeros((m, m), dtype)
-        elif "gramian" in rule.reads:
-            gramian = lax.stop_gradient(gramian)
-            gramian = jnp.where(mask[:, None] & mask[None, :], gramian, 0)
-            gramian, shift = linalg.normalise_gramian(gramian)
-            log2_scale = jnp.asarray(log2_scale, jnp.int32) + shift
-        read = [gramian if name == "gramian" else inputs[name] for name in rule.reads]
-        ok = linalg.all_finite(read)
-        if "gramian" in rule.reads:
-            gramian = jnp.where(ok, gramian, jnp.eye(m, dtype=dtype))  # keeps loops short
-        weights, inner, residual = rule.apply(
-            gramian, state.inner, task_mask=mask, log2_scale=log2_scale, **inputs
-        )
-        if jnp.shape(weights) != (m,):
-            raise ValueError(
-                f"expected the weighting to return weights of shape ({m},), one per task, got "
-                f"{jnp.shape(weights)}; correct the function given to from_weighting"
-            )
-        weights = jnp.where(mask, weights, 0).astype(dtype)
+        if gramian is not None:
+            m = checks.check_gramian(gramian)
+        given = _collect(rule, dict(extra, gramian=gramian, task_mask=task_mask))
+        task_mask = given.pop("task_mask", None)
+        m = _count_tasks(rule, given, m)
+        wide = [given[n] for n in ("gramian", "losses", "cross_gramian") if n in given]
+        if dtype is None and not wide:
+            dtype = jnp.result_type(float)
+        kind = linalg.accumulation_dtype(wide)
+        kind = kind if dtype is None else jnp.promote_types(kind, dtype)
+        inputs, mask = _prepare(rule, given, task_mask, m, kind)
+        log2_scale = jnp.asarray(log2_scale, jnp.int32)
+        if "gramian" in given and "gramian" in rule.needs | rule.accepts:
+            gramian = jnp.where(tasks.pairs(mask), inputs["gramian"], 0)
+            inputs["gramian"], shift = linalg.normalize_gramian(gramian)
+            log2_scale = log2_scale + shift
+        ok = _guarded(rule, inputs)
+        if "gramian" in rule.needs:  # keeps the loops of solvers short
+            inputs["gramian"] = jnp.where(ok, inputs["gramian"], jnp.eye(m, dtype=kind))
+        inputs |= {"log2_scale": log2_scale}
+        weights, inner, residual = rule.weigh(inputs, own(state))
+        weights = finished(rule, jnp.where(mask, weights, 0).astype(kind), inputs)
         ok &= linalg.all_finite((weights, inner))
-        new = state._replace(
-            inner=jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), inner, state.inner)
-        )
-        if m_logged is not None:
-            new = new._replace(mtl_weights=weights.astype(state.mtl_weights.dtype))
-            if rule.residual:
-                new = new._replace(mtl_residual=jnp.asarray(residual, state.mtl_residual.dtype))
+        new = record(state, weights, inner, residual)
         return jnp.where(ok, weights, 0), skip_unless(ok, new, state)
 
-    weighting = Weighting(init, update, rule)
+    def asked(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(state: PyTree, *args: Any, task_mask: Any = None, **kwargs: Any) -> Any:
+            return ask(own(state), *args, task_mask=task_mask, **kwargs)
+
+        return answer
+
+    asks = {name: getattr(rule, name) for name in ASKS}
+    asks = {name: ask and asked(ask) for name, ask in asks.items()}
+    weighting = Weighting(init, update, rule, **asks)
 
     def update_from_rows(
         jacobian: Jacobian, state: PyTree, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         if not jax.tree.leaves(jacobian) and params is not None:
             return jacobian, state  # the empty group of a partition
-        m = check_jacobian(jacobian, params, m_logged)
-        jacobian = remove_absent(widen(jacobian, params), extra.get("task_mask"), m)
-        # A rule that does not read the Gramian takes the number of tasks and the dtype from it.
-        gramian = jnp.zeros((m, m), linalg.accumulation_dtype(jacobian))
-        log2_scale: jax.Array | int = 0
-        if "gramian" in rule.reads:
-            gramian, log2_scale = linalg.balanced_gramian(lax.stop_gradient(jacobian))
-        if rule.extras is not None and "jacobian" in rule.extras:
+        m = checks.check_jacobian(jacobian, params, num_tasks)
+        jacobian = _rows(jacobian, params, extra, m)
+        extra |= {"m": m, "dtype": linalg.accumulation_dtype(jacobian)}
+        gramian = None
+        if "gramian" in rule.needs:
+            gramian, extra["log2_scale"] = linalg.balanced_gramian(lax.stop_gradient(jacobian))
+        if "jacobian" in rule.accepts:
             extra["jacobian"] = jacobian
-        weights, new = update(gramian, state, log2_scale=log2_scale, **extra)
+        weights, new = update(gramian, state, **extra)
         combined = linalg.combine(jacobian, weights)
-        if "gramian" in rule.reads:
+        if "gramian" in rule.needs:
             combined = linalg.without_rounding(combined, jacobian, weights)
         return guard_update(in_dtypes_of(params, combined), new, state)
 
     return Aggregator(lambda params: init(), update_from_rows, weighting)
 
 
-def _check_gramian(gramian: jax.Array | None, losses: Any, rule: Rule) -> int:
-    if gramian is None:
-        if "gramian" in rule.reads or losses is None:
-            raise ValueError(
-                "expected a Gramian of shape (m, m), got None; take it from value_and_gramian or "
-                "jaxmtl.gramian(jacobian)"
-            )
-        return jnp.shape(losses)[0] if jnp.ndim(losses) else 1
-    shape = jnp.shape(gramian)
-    if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
-        raise ValueError(
-            f"expected a Gramian of shape (m, m), got {shape}; take it from value_and_gramian or "
-            "jaxmtl.gramian(jacobian)"
-        )
-    if not jnp.issubdtype(jnp.result_type(gramian), jnp.floating):
-        raise ValueError(
-            f"expected a floating point Gramian, got {jnp.result_type(gramian)}; cast it"
-        )
-    return shape[0]
-
-
-def remove_absent(jacobian: Jacobian, task_mask: Any, m: int) -> Jacobian:
-    """Puts zeros in the rows of absent tasks, whatever they hold."""
-    if task_mask is None:
-        return jacobian
-    mask = _check_mask(task_mask, m)
-    return jax.tree.map(lambda x: jnp.where(linalg.column(mask, x), x, jnp.zeros_like(x)), jacobian)
+def _rows(jacobian: Jacobian, params: PyTree, extra: Mapping[str, Any], m: int) -> Jacobian:
+    mask = checks.stack_named(dict(extra)).get("task_mask")
+    mask = None if mask is None else checks.check_mask(mask, m)
+    return tasks.zero_absent_rows(widen(jacobian, params), mask)
 
 
 def widen(jacobian: Jacobian, params: PyTree) -> Jacobian:
@@ -546,34 +407,59 @@ def widen(jacobian: Jacobian, params: PyTree) -> Jacobian:
 
 
 def in_dtypes_of(params: PyTree, update: PyTree) -> PyTree:
-    """Returns the update in the dtypes of the parameters, lest an optimizer's state change its."""
+    """Casts the update to the parameters' dtypes, so that an optimizer's state keeps its dtype."""
     return jax.tree.map(lambda p, x: x.astype(jnp.result_type(p)), params, update)
 
 
 def from_rows(
-    aggregate: Callable[..., tuple[PyTree, PyTree]],
+    aggregate: Callable[..., Any],
     *,
     init: Callable[[PyTree], PyTree] | None = None,
     num_tasks: int | None = None,
-    reads: tuple[str, ...] = (),
+    preference: Any = None,
 ) -> Aggregator:
     """Makes an aggregator of a function that needs the coordinates of the gradients.
 
     Args:
-      aggregate: ``aggregate(jacobian, state, *, task_mask, **extra) -> (update, state)``, with
-        leaves ``(m, *leaf.shape)`` in, ``leaf.shape`` out. ``task_mask`` is always an array;
-        rows of absent tasks are zero.
+      aggregate: A function of the inputs of `from_weighting`, by name; ``jacobian``, leaves
+        (m, *leaf.shape) in which rows of absent tasks are zero, is always there, and
+        ``log2_scale`` belongs to a ``gramian`` that it names. It returns the update, leaves
+        ``leaf.shape``, or with ``init`` the pair ``(update, state)``.
       init: ``init(params) -> state`` of a rule with state.
       num_tasks: m, if known; other numbers of tasks are refused.
-      reads: Names of the keyword inputs that the rule cannot do without.
+      preference: (m,) non-negative weights of the tasks, or None; ``update(..., preference=)``
+        overrides it.
 
     Returns:
       An `Aggregator` whose ``weighting`` is None and whose state is an `AggregatorState`.
+
+    Raises:
+      ValueError: The function names no input. When tracing, if the Jacobian does not fit
+        ``params``, or an input that the rule needs is missing.
+
+    >>> import jax, jax.numpy as jnp, jaxmtl
+    >>> def largest(jacobian):
+    ...     return jax.tree.map(lambda g: g[jnp.abs(g).argmax(0), jnp.arange(g.shape[1])], jacobian)
+    >>> params, jacobian = jnp.zeros(2), jnp.array([[3.0, -4.0], [0.0, 5.0]])
+    >>> aggregator = jaxmtl.from_rows(largest)
+    >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
+    [3. 5.]
     """
-    check_num_tasks(num_tasks)
+    call, needs, accepts, _ = _caller(aggregate)
+    checks.check_num_tasks(num_tasks)
+    vector = checks.check_vector("preference", preference, num_tasks)
+    stateful = init is not None
+
+    def apply(inputs: Mapping[str, Any], state: PyTree) -> tuple[PyTree, PyTree, None]:
+        result = call(inputs, state)
+        update, state = result if stateful else (result, state)
+        return update, state, None
+
+    rule = Rule(init or (lambda params: ()), apply, needs, accepts, num_tasks, vector)
+    rule = rule._replace(name=_name_of(aggregate))
 
     def init_fn(params: PyTree) -> AggregatorState:
-        return AggregatorState(jnp.zeros((), jnp.int32), init(params) if init else ())
+        return AggregatorState(jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init(params)))
 
     def update(
         jacobian: Jacobian,
@@ -585,27 +471,27 @@ def from_rows(
     ) -> tuple[PyTree, AggregatorState]:
         if not jax.tree.leaves(jacobian) and params is not None:
             return jacobian, state
-        m = check_jacobian(jacobian, params, num_tasks)
-        for name in reads:
-            if extra.get(name) is None:
-                raise ValueError(
-                    f"this method reads {name}: expected update(..., {name}=...), got none; "
-                    f"pass {name} as a keyword"
-                )
-        mask = _check_mask(task_mask, m)
-        jacobian = remove_absent(widen(jacobian, params), task_mask, m)
-        if extra.get("losses") is not None:
-            losses = _check_per_task("losses", extra["losses"], m)
-            extra["losses"] = jnp.where(mask, losses, jnp.ones_like(losses))
-        ok = linalg.all_finite([jacobian, [extra[name] for name in reads]])
-        result, inner = aggregate(jacobian, state.inner, task_mask=mask, **extra)
+        m = checks.check_jacobian(jacobian, params, num_tasks)
+        jacobian = _rows(jacobian, params, {"task_mask": task_mask}, m)
+        log2_scale = jnp.zeros((), jnp.int32)
+        given = dict(extra, jacobian=jacobian, task_mask=task_mask)
+        if "gramian" in needs:
+            given["gramian"], log2_scale = linalg.balanced_gramian(lax.stop_gradient(jacobian))
+        given = _collect(rule, given)
+        mask = given.pop("task_mask", None)
+        m = _count_tasks(rule, given, m)
+        dtype = linalg.accumulation_dtype(jacobian, given.get("losses", ()))
+        inputs, _ = _prepare(rule, given, mask, m, dtype)
+        inputs["jacobian"] = jacobian  # with its gradient
+        ok = _guarded(rule, inputs) & linalg.all_finite(jacobian)
+        result, inner, _ = rule.weigh(inputs | {"log2_scale": log2_scale}, state.inner)
         ok &= linalg.all_finite(inner)
-        inner = jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), inner, state.inner)
         result = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), result)
+        inner = _in_dtypes_of(state.inner, inner)
         new = skip_unless(ok, state._replace(inner=inner), state)
         return guard_update(in_dtypes_of(params, result), new, state)
 
-    return Aggregator(init_fn, update, None)
+    return Aggregator(init_fn, update, None, rule)
 
 
 def inner_rule(aggregator: Any, combinator: str) -> Rule:
@@ -619,46 +505,3 @@ def inner_rule(aggregator: Any, combinator: str) -> Rule:
             f"{combinator}, or wrap the rule before chaining"
         )
     return weighting.rule
-
-
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Adds updates to parameters, as `optax.apply_updates`, after checking shapes.
-
-    Args:
-      params: Pytree of arrays.
-      updates: Pytree of the same structure and shapes.
-
-    Returns:
-      Pytree like ``params``, in its dtypes.
-
-    Raises:
-      ValueError: A shape differs, as when no aggregator is in the chain: plain optax
-        would broadcast the parameters to ``(m, *shape)``.
-
-    >>> import jax.numpy as jnp, jaxmtl
-    >>> print(jaxmtl.apply_updates(jnp.ones(2), jnp.array([0.5, -1.0])))
-    [1.5 0. ]
-    """
-    check_updates(params, updates)
-    return optax.apply_updates(params, updates)
-
-
-def check_updates(params: PyTree, updates: PyTree) -> None:
-    """Raises a ValueError unless updates have the structure and the shapes of params."""
-    got: Any = jax.tree.structure(updates, is_leaf=lambda x: x is None)
-    expected: Any = jax.tree.structure(params, is_leaf=lambda x: x is None)
-    if got != expected:
-        raise ValueError(
-            f"expected updates with the structure of params, {expected}, got {got}; "
-            "pass the updates of the optimizer that was initialised with these params"
-        )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(updates), strict=False)
-    for (path, param), update in pairs:
-        if jnp.shape(update) != jnp.shape(param):
-            name = jax.tree_util.keystr(path) or "the parameters"
-            raise ValueError(
-                f"expected an update of shape {jnp.shape(param)} at {name}, got "
-                f"{jnp.shape(update)}; put an aggregator, such as jaxmtl.upgrad(), first in the "
-                "chain, so that the task axis is gone, and give every leaf one: optax.masked "
-                "passes the rows of the leaves that it leaves out on, optax.partition does not"
-            )

@@ -1,55 +1,13 @@
 """Stacked per-task gradients of a losses function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxmtl import linalg
-
-PyTree = Any
-
-
-def check_params(params: PyTree) -> None:
-    """Raises a ValueError if a parameter cannot be differentiated with respect to."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"expected floating point parameters, got {jnp.result_type(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'params'}; keep other leaves out of params, for "
-                "instance by closing over them"
-            )
-
-
-def _check_one_array(losses: Any, what: str) -> None:
-    if not jax.tree_util.all_leaves([losses]):
-        raise ValueError(
-            f"expected losses_fn to return {what} as one array, got "
-            f"{jax.tree.structure(losses)}; stack named losses in an order that you fix, "
-            "jnp.stack([losses[name] for name in names]), and with auxiliary outputs pass "
-            "has_aux=True"
-        )
-
-
-def _check_losses(losses: jax.Array) -> None:
-    _check_one_array(losses, "the m task losses")
-    if jnp.ndim(losses) != 1 or not jnp.size(losses):
-        raise ValueError(
-            f"expected losses_fn to return the vector of the m task losses, got shape "
-            f"{jnp.shape(losses)}; stack them with jnp.stack, or pass in_axes= for a function of "
-            "one example that returns a scalar"
-        )
-    if not jnp.issubdtype(jnp.result_type(losses), jnp.floating):
-        raise ValueError(f"expected floating point losses, got {jnp.result_type(losses)}")
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises a ValueError unless ``chunk_size`` is a positive int or None."""
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"expected chunk_size to be a positive int or None, got {chunk_size!r}")
+from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl.types import PyTree
 
 
 def value_and_jacobian(
@@ -63,10 +21,12 @@ def value_and_jacobian(
 
     Args:
       losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)`` losses. With ``in_axes``:
-        ``losses_fn(params, *example) -> ()``, the loss of ONE example; the tasks are then the
-        examples, independent by construction.
-      in_axes: None, or a tuple like that of `jax.vmap` over ``(params, *args)``, with None for
-        ``params``; keyword arguments are not batched.
+        ``losses_fn(params, *example, **kwargs) -> ()``, the loss of ONE example; the tasks are
+        then the examples, independent by construction. A loss of shape ``(k,)`` per example makes
+        ``m = B k`` tasks, those of the first example first.
+      in_axes: None, or a tuple like that of `jax.vmap` over ``(params, *args)``; keyword arguments
+        are not batched. In the entry for params, None (or a tree with None) stands for what
+        examples share, 0 for leaves ``(B, *s)`` of which each example has a slice: a head per task.
       has_aux: Whether ``losses_fn`` returns ``(losses, aux)``. With ``in_axes``, aux is stacked.
       chunk_size: How many gradients are computed at a time; all if None. Bounds the memory of
         the computation (not that of the result); the result does not depend on it.
@@ -89,126 +49,93 @@ def value_and_jacobian(
     [[2. 4.]
      [3. 3.]]
     """
-    check_chunk_size(chunk_size)
-    if in_axes is not None:
-        return _by_example(losses_fn, in_axes, has_aux, chunk_size)
+    several = separate.is_several(losses_fn)
+    if several:
+        separate.check_functions(losses_fn, in_axes)
+    else:
+        arguments.check_callable(losses_fn, "a losses function")
+    arguments.check_chunk_size(chunk_size)
 
     def value_and_jacobian_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        check_params(params)
+        leaves, treedef = arguments.parameters(params)
+        keywords.check(keywords.of_losses(losses_fn, 1 + len(args)), kwargs)
 
-        def closed(p: PyTree) -> Any:
-            return losses_fn(p, *args, **kwargs)
+        def losses_of(leaves: Sequence[jax.Array], args: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            params = jax.tree.unflatten(treedef, leaves)
+            return arguments.call_losses(losses_fn, has_aux, params, *args, **kwargs)
 
-        if has_aux:
-            losses, pull, aux = jax.vjp(closed, params, has_aux=True)
+        if several:
+            tasks, aux = separate.evaluate(losses_fn, has_aux, leaves, treedef, args, kwargs)
+            losses = jnp.stack([task.loss for task in tasks])
+            rows: Sequence[jax.Array] = separate.jacobian(tasks, leaves)
+        elif in_axes is None:
+            losses, aux, rows = _of_tasks(losses_of, leaves, args, chunk_size)
         else:
-            losses, pull = jax.vjp(closed, params)
-        _check_losses(losses)
-        units = linalg.units(losses)
-
-        def row(unit: jax.Array) -> PyTree:
-            return pull(unit)[0]
-
-        if chunk_size is None or chunk_size >= losses.size:
-            jacobian = jax.vmap(row)(units)
-        else:
-            jacobian = jax.lax.map(row, units, batch_size=chunk_size)
-        return ((losses, aux), jacobian) if has_aux else (losses, jacobian)
+            examples = arguments.match(in_axes, params, args)
+            losses, aux, rows = _of_examples(losses_of, leaves, examples, chunk_size)
+        jacobian = jax.tree.unflatten(treedef, rows)
+        return aux.returned(losses, has_aux, in_axes is not None), jacobian
 
     return value_and_jacobian_fn
 
 
-def batch_size(in_axes: tuple[Any, ...], args: tuple[Any, ...]) -> int:
-    """Checks ``in_axes`` (for ``(params, *args)``) against ``args`` and returns the batch size."""
-    if not isinstance(in_axes, tuple | list) or len(in_axes) != len(args) + 1:
-        raise ValueError(
-            f"expected in_axes to be a tuple with one entry for params and one per argument "
-            f"({len(args) + 1} in all), got {in_axes!r}; write for instance (None, 0)"
-        )
-    if in_axes[0] is not None:
-        raise ValueError(
-            f"expected in_axes[0] to be None, since examples share the parameters, got "
-            f"{in_axes[0]!r}; write (None, ...)"
-        )
-    sizes = set()
-    for axes, arg in zip(in_axes[1:], args, strict=True):
-        if axes is None:
-            continue
-        try:
-            flat = jax.tree.map(
-                lambda axis, sub: [(axis, leaf) for leaf in jax.tree.leaves(sub)],
-                axes,
-                arg,
-                is_leaf=lambda x: x is None,
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"expected in_axes to be a prefix of the arguments' structure, got {axes!r}; use "
-                "an int, None, or a pytree that matches the argument"
-            ) from error
-        pairs = jax.tree.leaves(flat, is_leaf=lambda x: isinstance(x, tuple))
-        for axis, leaf in pairs:
-            if axis is None:
-                continue
-            shape = jnp.shape(leaf)
-            if not -len(shape) <= axis < len(shape):
-                raise ValueError(
-                    f"expected an argument with axis {axis} to batch over, got shape {shape}; "
-                    "correct in_axes or the argument"
-                )
-            sizes.add(shape[axis])
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            f"expected all batched arguments to have one positive batch size, got "
-            f"{sorted(sizes) or 'no batched argument'}; correct in_axes={in_axes!r} or the data"
-        )
-    return sizes.pop()
+def _rows(
+    pull: Callable[..., Any], losses: jax.Array, chunk_size: int | None
+) -> tuple[jax.Array, ...]:
+    """Returns the gradients of (m,) losses, stacked."""
+    units = linalg.units(losses)
+    if chunk_size is None or chunk_size >= losses.size:
+        return jax.vmap(pull)(units)[0]
+    return jax.lax.map(pull, units, batch_size=chunk_size)[0]
 
 
-def check_example_loss(loss: jax.Array) -> jax.Array:
-    """Returns the loss of one example after checking that it is a floating point scalar."""
-    _check_one_array(loss, "the loss of one example")
-    if jnp.ndim(loss) != 0 or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise ValueError(
-            f"with in_axes the function sees ONE example: expected a floating point scalar loss, "
-            f"got shape {jnp.shape(loss)} of {jnp.result_type(loss)}; return the example's loss, "
-            "and let in_axes do the batching"
-        )
-    return loss
-
-
-def _by_example(
-    example_loss_fn: Callable[..., Any],
-    in_axes: tuple[Any, ...],
-    has_aux: bool,
+def _of_tasks(
+    losses_of: Callable[..., Any],
+    leaves: Sequence[jax.Array],
+    args: tuple[Any, ...],
     chunk_size: int | None,
-) -> Callable[..., tuple[Any, PyTree]]:
-    def value_and_jacobian_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        check_params(params)
-        m = batch_size(in_axes, args)
+) -> tuple[jax.Array, Any, Sequence[jax.Array]]:
+    losses, pull, aux = jax.vjp(lambda leaves: losses_of(leaves, args), leaves, has_aux=True)
+    arguments.check_task_losses(losses.shape)
+    return losses, aux, _rows(pull, losses, chunk_size)
 
-        def loss_fn(p: PyTree, *example: Any) -> Any:
-            result = example_loss_fn(p, *example, **kwargs)
-            if has_aux:
-                loss, aux = result
-                return check_example_loss(loss), aux
-            return check_example_loss(result)
 
-        one = jax.value_and_grad(loss_fn, has_aux=has_aux)
-        if chunk_size is None or chunk_size >= m:
-            return jax.vmap(one, in_axes=tuple(in_axes))(params, *args)
+def _of_examples(
+    losses_of: Callable[..., Any],
+    leaves: Sequence[jax.Array],
+    examples: arguments.Examples,
+    chunk_size: int | None,
+) -> tuple[jax.Array, Any, Sequence[jax.Array]]:
+    common, stacked = examples.split(leaves)
 
-        def at(index: jax.Array) -> tuple[Any, PyTree]:
-            def take(axis: int | None, sub: Any) -> Any:
-                if axis is None:
-                    return sub
-                return jax.tree.map(
-                    lambda x: jax.lax.dynamic_index_in_dim(x, index, axis, keepdims=False), sub
-                )
+    def one(example: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+        slices, mapped = example
 
-            example = jax.tree.map(take, tuple(in_axes[1:]), args, is_leaf=lambda x: x is None)
-            return one(params, *example)
+        def losses_of_one(leaves: list[jax.Array]) -> tuple[jax.Array, Any]:
+            losses, aux = losses_of(leaves, examples.arguments(mapped))
+            arguments.check_example_losses(losses.shape)
+            return losses.reshape(-1), aux
 
-        return jax.lax.map(at, jnp.arange(m), batch_size=chunk_size)
+        losses, pull, aux = jax.vjp(losses_of_one, examples.join(common, slices), has_aux=True)
+        return losses, aux, _rows(pull, losses, chunk_size)
 
-    return value_and_jacobian_fn
+    data = (stacked, examples.mapped)
+    if chunk_size is None or chunk_size >= examples.size:
+        losses, aux, rows = jax.vmap(one)(data)
+    else:
+        first = jax.eval_shape(lambda data: one(jax.tree.map(lambda x: x[0], data))[0], data)
+        at_a_time = max(chunk_size // first.size, 1)
+        losses, aux, rows = jax.lax.map(one, data, batch_size=at_a_time)
+
+    def merged(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    rows = [merged(_apart(x) if own else x) for x, own in zip(rows, examples.own, strict=True)]
+    return merged(losses), aux, rows
+
+
+def _apart(rows: jax.Array) -> jax.Array:
+    """Puts the rows (B, k, *s) of slices that examples own into zeros (B, k, B, *s)."""
+    diagonal = jnp.eye(rows.shape[0], dtype=bool)
+    diagonal = diagonal.reshape(len(diagonal), 1, len(diagonal), *(1,) * (rows.ndim - 2))
+    return jnp.where(diagonal, rows[:, :, None], 0)

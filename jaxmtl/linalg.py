@@ -106,6 +106,13 @@ def row_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     )
 
 
+def symmetric(product: jax.Array) -> jax.Array:
+    """Returns a Gramian with both sides of the diagonal rounded alike."""
+    # Fused into its own transpose, a sum of products would not round alike on both sides.
+    product = lax.optimization_barrier(product)
+    return (product + product.T) / 2
+
+
 def num_rows(jacobian: PyTree) -> int:
     """Returns m, the length that the leading axis of every leaf must share.
 
@@ -258,8 +265,8 @@ def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
     return x * power_of_two(half, x.dtype) * power_of_two(exponent - half, x.dtype)
 
 
-def _row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    # Per row: whether it has a non-zero entry, and e with 2^(e-1) <= |largest entry| < 2^e.
+def row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns per row whether it has a non-zero entry, and e: 2^(e-1) <= |largest entry| < 2^e."""
     largest = jnp.zeros((m,), dtype)
     for x in jax.tree.leaves(jacobian):
         if x.size:
@@ -276,16 +283,17 @@ def _largest_exponent(nonzero: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.where(top == lowest, 0, top)
 
 
-def _scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
+def scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
+    """Multiplies row i of every leaf by ``2**exponent[i]``, in ``dtype``."""
     return jax.tree.map(lambda x: ldexp(x.astype(dtype), column(exponent, x)), jacobian)
 
 
 def row_norms(jacobian: PyTree) -> jax.Array:
     """Returns the (m,) Euclidean norms of the rows, without overflow on the way."""
     m, dtype = num_rows(jacobian), accumulation_dtype(jacobian)
-    _, exponent = _row_exponents(jacobian, m, dtype)
+    _, exponent = row_exponents(jacobian, m, dtype)
     total = jnp.zeros((m,), dtype)
-    for x in jax.tree.leaves(_scale_rows(jacobian, -exponent, dtype)):
+    for x in jax.tree.leaves(scale_rows(jacobian, -exponent, dtype)):
         total = total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
     return ldexp(jnp.sqrt(whole(total)), exponent)
 
@@ -308,8 +316,22 @@ def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
     """
     m = num_rows(jacobian)
     dtype = accumulation_dtype(jacobian)
-    nonzero, exponent = _row_exponents(jacobian, m, dtype)
-    product = gramian(_scale_rows(jacobian, -exponent, dtype))
+    nonzero, exponent = row_exponents(jacobian, m, dtype)
+    product = gramian(scale_rows(jacobian, -exponent, dtype))
+    return in_one_scale(product, nonzero, exponent)
+
+
+def in_one_scale(
+    product: jax.Array, nonzero: jax.Array, exponent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `balanced_gramian`, given the Gramian of rows that are each in a scale of its own.
+
+    Args:
+      product: The ``(m, m)`` Gramian of the rows times ``2**-exponent``.
+      nonzero: ``(m,)``, whether a row has an entry that is not zero.
+      exponent: ``(m,)``.
+    """
+    dtype = product.dtype
     top = _largest_exponent(nonzero, exponent)
     below = jnp.minimum(exponent - top, 0)
     # Its products with other rows would stay when its square is gone.
@@ -327,7 +349,7 @@ def without_rounding(update: PyTree, jacobian: PyTree, weights: jax.Array) -> Py
     its direction; at a Pareto-stationary point the answer is 0.
     """
     m, dtype = num_rows(jacobian), accumulation_dtype(jacobian)
-    nonzero, exponent = _row_exponents(jacobian, m, dtype)
+    nonzero, exponent = row_exponents(jacobian, m, dtype)
     top = _largest_exponent(nonzero, exponent)
     sizes = jnp.where(nonzero, power_of_two(jnp.minimum(exponent - top, 0), dtype), 0)
     bound = 8 * jnp.finfo(dtype).eps * jnp.sum(jnp.abs(weights).astype(dtype) * sizes)
@@ -339,7 +361,7 @@ def without_rounding(update: PyTree, jacobian: PyTree, weights: jax.Array) -> Py
     return jax.tree.map(lambda x: jnp.where(noise, jnp.zeros_like(x), x), update)
 
 
-def normalise_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize_gramian(gramian: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scales a Gramian by an exact power of four so that its largest diagonal entry is near 1.
 
     Returns:

@@ -411,7 +411,7 @@ def job_traces(name, mode, _):
         "clipped": (optax.chain(jaxmtl.clip_rows(1.0), rule), {}),
         "accumulated": (jaxmtl.multi_steps(optax.chain(rule, optax.adam(0.1)), 2, num_tasks=m), {}),
         "masked": (rule, {"task_mask": mask}),
-        "masked moco": (jaxmtl.moco(num_tasks=m, normalise="norm_loss"), {"task_mask": mask}),
+        "masked moco": (jaxmtl.moco(num_tasks=m, normalize="norm_loss"), {"task_mask": mask}),
         "partition": (optax.partition(groups, labels), {}),
     }
     calls = {

@@ -8,17 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmtl.balancing.dwa import dwa
-from jaxmtl.balancing.famo import famo
-from jaxmtl.balancing.go4align import go4align, group_means
-from jaxmtl.balancing.gradnorm import gradnorm
-from jaxmtl.balancing.imtl import imtl
-from jaxmtl.balancing.learned_scale import imtl_l, uncertainty_weighting
-from jaxmtl.balancing.rlw import rlw
-from jaxmtl.balancing.scale_invariant import gls, scale_invariant
-from jaxmtl.balancing.stch import stch
-from jaxmtl.weightings.fixed import rgw
-from jaxmtl.weightings.imtl_g import imtl_g
+from jaxmtl.rules.dwa import dwa
+from jaxmtl.rules.famo import famo
+from jaxmtl.rules.fixed import rgw
+from jaxmtl.rules.go4align import go4align, group_means
+from jaxmtl.rules.gradnorm import gradnorm
+from jaxmtl.rules.imtl import imtl
+from jaxmtl.rules.imtl_g import imtl_g
+from jaxmtl.rules.learned_scale import imtl_l, uncertainty_weighting
+from jaxmtl.rules.rlw import rlw
+from jaxmtl.rules.scale_invariant import gls, scale_invariant
+from jaxmtl.rules.stch import stch
 from tests.golden_sequences import names, sequences
 
 GOLDEN = {

@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmtl.balancing.famo import famo
-from jaxmtl.balancing.go4align import go4align
-from jaxmtl.balancing.gradnorm import gradnorm
-from jaxmtl.balancing.imtl import imtl
-from jaxmtl.balancing.ldc_mtl import ldc_mtl
-from jaxmtl.balancing.learned_scale import imtl_l
 from jaxmtl.engine import value_and_grad
 from jaxmtl.jacobian import value_and_jacobian
+from jaxmtl.rules.famo import famo
+from jaxmtl.rules.go4align import go4align
+from jaxmtl.rules.gradnorm import gradnorm
+from jaxmtl.rules.imtl import imtl
+from jaxmtl.rules.ldc_mtl import ldc_mtl
+from jaxmtl.rules.learned_scale import imtl_l
 
 RNG = np.random.default_rng(0)
 PARAMS = {

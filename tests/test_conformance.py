@@ -180,26 +180,29 @@ def test_a_non_finite_gradient_is_skipped_and_counted(name, bad, x64):
     matrix[1, 2] = bad
     update, new = run(name, matrix, state)
     assert np.all(flat(update) == 0)
-    if name == "linear_scalarization":
-        assert new == optax.EmptyState()
-        return
     assert int(new.mtl_skipped) == 1
     chex.assert_trees_all_equal(new._replace(mtl_skipped=state.mtl_skipped), state)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def in_precisions(names):
+    """Every name in float64, those that iterate in float32 too."""
+    pairs = [(name, "float64") for name in names]
+    return pairs + [(name, "float32") for name in names if BY_NAME[name].solver]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    in_precisions([n for n in NAMES if BY_NAME[n].degree is not None]),
+    indirect=["precision"],
+)
 def test_powers_of_two(name, precision):
     """Degree 1 bit for bit: weights do not change, the update scales exactly."""
-    if precision == "float32" and not BY_NAME[name].solver:
-        return
     method, m = BY_NAME[name], tasks_of(name)
     matrix = matrix_of(m, kind="conflict")
     update, state = run(name, matrix)
     largest = 300 if precision == "float64" else 60
     for k in (-largest, -13, 40, largest):
         scaled, scaled_state = run(name, np.ldexp(matrix, k))
-        if method.degree is None:
-            continue
         if not method.scale_free:
             expected = flat(update) * 2.0 ** (k * method.degree)
             np.testing.assert_allclose(
@@ -211,10 +214,12 @@ def test_powers_of_two(name, precision):
             np.testing.assert_array_equal(scaled_state.mtl_weights, state.mtl_weights)
 
 
-@pytest.mark.parametrize("name", [n for n in WEIGHTED if BY_NAME[n].scale_free])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    in_precisions([n for n in WEIGHTED if BY_NAME[n].scale_free]),
+    indirect=["precision"],
+)
 def test_powers_of_two_on_the_gramian_alone(name, precision):
-    if precision == "float32" and not BY_NAME[name].solver:
-        return
     m = tasks_of(name)
     matrix = matrix_of(m, kind="conflict")
     gram = jnp.asarray(matrix @ matrix.T, float)
@@ -276,7 +281,7 @@ def test_linear_under_scaling(name, x64):
     np.testing.assert_allclose(of(first + second), of(first) + of(second), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if BY_NAME[n].masks])
+@pytest.mark.parametrize("name", NAMES)
 def test_masked_tasks_are_removed_exactly(name, x64):
     """A mask equals the smaller problem, whatever the absent row holds; nothing recompiles."""
     method, m = BY_NAME[name], tasks_of(name) + 1
@@ -294,8 +299,8 @@ def test_masked_tasks_are_removed_exactly(name, x64):
     assert len(traces) == before, "another mask was traced again"
     if method.logs:
         assert optax.tree.get(state, "mtl_weights")[1] == 0
-    # The smaller problem draws other numbers, and averaging starts elsewhere.
-    if not method.random and name != "cr_mogm":
+    # The smaller problem draws other numbers.
+    if not method.random:
         small, _ = run(name, matrix[mask], inputs=inputs_of(name, m, np.flatnonzero(mask)))
         np.testing.assert_allclose(flat(masked), flat(small), rtol=1e-9, atol=1e-12)
     else:
@@ -351,6 +356,44 @@ def test_weights_carry_no_gradient_and_compose_with_grad(name):
 
     value, slope = jax.jit(jax.value_and_grad(norm))(1.0)
     np.testing.assert_allclose(slope, value, rtol=1e-3, atol=1e-4)  # J^T w is linear in J
+
+
+def test_fixed_weights_without_num_tasks_have_no_state():
+    mean = jaxmtl.linear_scalarization()
+    bad = jnp.array([[1.0, jnp.inf], [0.0, 1.0]])
+    update, state = mean.update(bad, mean.init(jnp.zeros(2)), jnp.zeros(2))
+    assert state == optax.EmptyState()
+    np.testing.assert_array_equal(update, 0)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_combinators_in_their_neutral_form_are_the_bare_rule(name, x64):
+    """On every route, heads included: with the Jacobian, with the Gramian alone, without either."""
+    m = tasks_of(name)
+    matrix = jnp.asarray(matrix_of(m, kind="conflict"))
+    bare = BY_NAME[name].make(m)
+    forms = [bare, jaxmtl.every_k(bare, 1), jaxmtl.cr_mogm(bare, alpha=0)]
+    params = {"trunk": jnp.zeros(8), "head": jnp.ones(())}
+    inputs = inputs_of(name, m)
+    given = {key: value for key, value in inputs.items() if key != "losses"}
+
+    def losses_fn(p):
+        return inputs["losses"] * p["head"] + matrix @ p["trunk"]
+
+    def run_form(aggregator):
+        route = jaxmtl.value_and_grad(losses_fn, aggregator, shared={"trunk": True, "head": False})
+        rows, weighting = {"trunk": matrix, "head": inputs["losses"]}, aggregator.weighting
+        states, found = [aggregator.init(params)] * 3, []
+        for _ in range(2):
+            update, states[0] = aggregator.update(rows, states[0], params, **inputs)
+            weights, states[1] = weighting.update(matrix @ matrix.T, states[1], **inputs)
+            (_, states[2]), grads = route(params, states[2], **given)
+            found.append((update, weights, grads, states[0].mtl_weights))
+        return found
+
+    expected, *others = jax.jit(lambda: [run_form(form) for form in forms])()
+    for other in others:
+        chex.assert_trees_all_close(other, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_partition_leaves_other_groups_alone():

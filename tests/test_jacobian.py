@@ -146,11 +146,9 @@ def test_value_and_jacobian_refuses_wrong_input():
         jaxmtl.value_and_jacobian(losses_fn, chunk_size=0)
     one = lambda p, x, y: jnp.sum(p["w"] @ x) * y  # noqa: E731
     xs, ys = jnp.ones((4, 2)), jnp.ones(4)
-    with pytest.raises(ValueError, match="ONE example"):
-        jaxmtl.value_and_jacobian(lambda p, x, y: p["w"] @ x, in_axes=(None, 0, 0))(params, xs, ys)
     with pytest.raises(ValueError, match="one entry for params"):
         jaxmtl.value_and_jacobian(one, in_axes=(None, 0))(params, xs, ys)
-    with pytest.raises(ValueError, match="to be None"):
+    with pytest.raises(ValueError, match="axis 0 of examples in params"):
         jaxmtl.value_and_jacobian(one, in_axes=(0, 0, 0))(params, xs, ys)
     with pytest.raises(ValueError, match="one positive batch size"):
         jaxmtl.value_and_jacobian(one, in_axes=(None, 0, 0))(params, xs, jnp.ones(3))

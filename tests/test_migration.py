@@ -293,9 +293,7 @@ def test_a_gradient_projected_on_itself(x64):
     orders = [(1, 2, 0)] * 3
     theirs = surgery(rows, orders, with_itself=True, eps=0).sum(0)
     without = surgery(rows, orders, with_itself=False, eps=0).sum(0)
-    weights = jaxmtl.weightings.pcgrad.project_in_order(
-        jnp.asarray(rows @ rows.T), jnp.asarray(orders)
-    )
+    weights = jaxmtl.rules.pcgrad.project_in_order(jnp.asarray(rows @ rows.T), jnp.asarray(orders))
     np.testing.assert_allclose(weights @ rows, without, rtol=1e-12)
     cell = next(row[2] for row in tables()["copy"] if "projected on itself" in row[0])
     stated = re.search(r"all: (\S+) (\S+) there, (\S+) (\S+) here", cell).groups()

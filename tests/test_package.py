@@ -17,18 +17,28 @@ PACKAGE = Path(jaxmtl.__file__).parent
 
 # Each layer imports only from those before it, and never in a circle within itself.
 LAYERS = (
-    "solvers",
+    "types",
     "linalg",
+    "solvers",
+    "checks",
+    "keywords",
+    "names",
+    "tasks",
+    "learned",
+    "registry",
     "base",
-    "combinators",
     "transforms",
-    "weightings",
-    "balancing",
-    "aggregators",
+    "rules",
+    "combinators",
+    "arguments",
+    "separate",
     "jacobian",
     "nested",
     "engine",
     "metrics",
+    "loop",
+    "fronts",
+    "gauss_newton",
     "flax",
 )
 
@@ -144,12 +154,17 @@ def test_no_private_interface_of_jax_or_optax():
 
 def public_things():
     """Returns everything public by name: what the package, its two modules and flax export."""
-    metrics = inspect.getmembers(jaxmtl.metrics, inspect.isfunction)
-    own = [name for name, thing in metrics if thing.__module__ == "jaxmtl.metrics"]
+
+    def own(module):
+        """Returns the public names that a module defines itself."""
+        members = [name for name in vars(module) if not name.startswith("_")]
+        return [n for n in members if getattr(vars(module)[n], "__module__", "") == module.__name__]
+
     exported = (
         (jaxmtl, jaxmtl.__all__),
         (jaxmtl.solvers, jaxmtl.solvers.__all__),
-        (jaxmtl.metrics, [name for name in own if not name.startswith("_")]),
+        (jaxmtl.metrics, own(jaxmtl.metrics)),
+        (jaxmtl.fronts, own(jaxmtl.fronts)),
     )
     things = {f"{m.__name__}.{name}": getattr(m, name) for m, names in exported for name in names}
     things["jaxmtl.flax.TrainState"] = None  # imported in the test, as flax may be missing

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import jaxmtl
-from jaxmtl.aggregators.graddrop import drop_signs
-from jaxmtl.weightings.gradvac import vaccinate_in_order
-from jaxmtl.weightings.pcgrad import draw_orders, project_in_order
+from jaxmtl.rules.graddrop import drop_signs
+from jaxmtl.rules.gradvac import vaccinate_in_order
+from jaxmtl.rules.pcgrad import project_in_order
+from jaxmtl.tasks import draw_orders
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -217,7 +218,7 @@ def test_options_of_nash_and_fairgrad():
     def update(aggregator, rows):
         return np.asarray(jax.jit(aggregator.update)(rows, aggregator.init(params), params)[0])
 
-    normalised = jaxmtl.nash_mtl(normalise=True)
+    normalised = jaxmtl.nash_mtl(normalize=True)
     gram = np.asarray(jacobian @ jacobian.T)
     first = update(normalised, jacobian)
     np.testing.assert_allclose(update(normalised, 3 * jacobian), 3 * first, rtol=1e-10)

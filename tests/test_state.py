@@ -9,27 +9,27 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxmtl.aggregators.db_mtl import db_mtl
-from jaxmtl.aggregators.excess_mtl import excess_mtl
-from jaxmtl.aggregators.graddrop import graddrop
-from jaxmtl.aggregators.moco import moco
-from jaxmtl.balancing.dwa import dwa
-from jaxmtl.balancing.famo import famo
-from jaxmtl.balancing.go4align import go4align
-from jaxmtl.balancing.gradnorm import gradnorm
-from jaxmtl.balancing.imtl import imtl
-from jaxmtl.balancing.ldc_mtl import ldc_mtl
-from jaxmtl.balancing.learned_scale import imtl_l, uncertainty_weighting
-from jaxmtl.balancing.rlw import rlw
-from jaxmtl.balancing.scale_invariant import gls, scale_invariant
-from jaxmtl.balancing.stch import stch
 from jaxmtl.combinators import cr_mogm, every_k
+from jaxmtl.rules.db_mtl import db_mtl
+from jaxmtl.rules.dwa import dwa
+from jaxmtl.rules.excess_mtl import excess_mtl
+from jaxmtl.rules.famo import famo
+from jaxmtl.rules.go4align import go4align
+from jaxmtl.rules.graddrop import graddrop
+from jaxmtl.rules.gradnorm import gradnorm
+from jaxmtl.rules.gradvac import gradvac
+from jaxmtl.rules.imtl import imtl
+from jaxmtl.rules.ldc_mtl import ldc_mtl
+from jaxmtl.rules.learned_scale import imtl_l, uncertainty_weighting
+from jaxmtl.rules.mgda import mgda
+from jaxmtl.rules.moco import moco
+from jaxmtl.rules.modo import modo
+from jaxmtl.rules.pcgrad import pcgrad
+from jaxmtl.rules.rlw import rlw
+from jaxmtl.rules.scale_invariant import gls, scale_invariant
+from jaxmtl.rules.sdmgrad import sdmgrad
+from jaxmtl.rules.stch import stch
 from jaxmtl.transforms.track_gradients import track_gradients
-from jaxmtl.weightings.gradvac import gradvac
-from jaxmtl.weightings.mgda import mgda
-from jaxmtl.weightings.modo import modo
-from jaxmtl.weightings.pcgrad import pcgrad
-from jaxmtl.weightings.sdmgrad import sdmgrad
 
 # One worker, which compiles each rule once.
 pytestmark = pytest.mark.xdist_group("state")
@@ -45,14 +45,14 @@ RULES = {
     "stch_code": lambda m: stch(form="code", num_tasks=m, warmup_epochs=0),
     "famo": lambda m: famo(num_tasks=m),
     "go4align": lambda m: go4align(num_tasks=m),
-    "ldc_mtl": lambda m: ldc_mtl(num_tasks=m, normalise="ratio", steps_per_epoch=3),
-    "ldc_mtl_log": lambda m: ldc_mtl(num_tasks=m, normalise="log", smooth=0.01, double_loop=True),
+    "ldc_mtl": lambda m: ldc_mtl(num_tasks=m, normalize="ratio", steps_per_epoch=3),
+    "ldc_mtl_log": lambda m: ldc_mtl(num_tasks=m, normalize="log", smooth=0.01, double_loop=True),
     "ldc_mtl_features": lambda m: ldc_mtl(num_tasks=m, feature_size=2, hidden=(m,)),
     "gradnorm": lambda m: gradnorm(num_tasks=m),
     "imtl": lambda m: imtl(num_tasks=m),
     "moco": lambda m: moco(num_tasks=m, beta=0.5, initial="first"),
     "moco_code": lambda m: moco(
-        num_tasks=m, beta=0.5, order="code", projection="softmax", normalise="norm_loss"
+        num_tasks=m, beta=0.5, order="code", projection="softmax", normalize="norm_loss"
     ),
     "track": lambda m: optax.chain(track_gradients(0.5, num_tasks=m), mgda(num_tasks=m)),
     "excess_mtl": lambda m: excess_mtl(num_tasks=m),

@@ -7,13 +7,13 @@ import optax
 import pytest
 
 from experiments import training_steps
-from jaxmtl.aggregators.db_mtl import db_mtl
-from jaxmtl.aggregators.excess_mtl import excess_mtl
-from jaxmtl.aggregators.moco import moco
+from jaxmtl.rules.db_mtl import db_mtl
+from jaxmtl.rules.excess_mtl import excess_mtl
+from jaxmtl.rules.mgda import mgda
+from jaxmtl.rules.moco import moco
+from jaxmtl.rules.modo import modo
+from jaxmtl.rules.sdmgrad import sdmgrad
 from jaxmtl.transforms.track_gradients import track_gradients
-from jaxmtl.weightings.mgda import mgda
-from jaxmtl.weightings.modo import modo
-from jaxmtl.weightings.sdmgrad import sdmgrad
 from tests.golden_sequences import names, sequences
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -127,7 +127,7 @@ def test_moco(order, projection, normalise):
         order=order,
         projection=projection,
         initial="first" if order == "paper" else "zeros",
-        normalise=normalise,
+        normalize=normalise,
     )
     updates, states = run(rule, losses=LOSSES)
     y, lam = None, np.full(3, 1 / 3)

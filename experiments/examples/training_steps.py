@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxmtl import apply_updates
-from jaxmtl.aggregators.moco import moco
-from jaxmtl.balancing.famo import famo
-from jaxmtl.balancing.ldc_mtl import descend_lower, ldc_mtl
 from jaxmtl.engine import cross_gramian, value_and_grad
 from jaxmtl.nested import hypergradient
-from jaxmtl.weightings.modo import modo
-from jaxmtl.weightings.sdmgrad import sdmgrad
+from jaxmtl.rules.famo import famo
+from jaxmtl.rules.ldc_mtl import descend_lower, ldc_mtl
+from jaxmtl.rules.moco import moco
+from jaxmtl.rules.modo import modo
+from jaxmtl.rules.sdmgrad import sdmgrad
 
 TARGETS = jnp.array([[-1.0, 0.0], [1.0, 0.0]])
 NOISE = 0.3

@@ -5,7 +5,7 @@
 
 **Differs from** the official loader (isl-org/MultiObjectiveOptimization,
 ``multi_mnist_loader.py``): that one shifts the second digit by 6 pixels instead of into the corner
-and shrinks 36 x 36 to 28 x 28 by nearest neighbour; here the canvas is what the papers say, and a
+and shrinks 36 x 36 to 28 x 28 by nearest neighbor; here the canvas is what the papers say, and a
 digit is never paired with itself.
 """
 

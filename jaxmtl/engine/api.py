@@ -1,7 +1,5 @@
 """The public functions of the engine: Gramian, weighted gradient, explanation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base, linalg
-from jaxmtl.engine import factors, plan, routes, tasks
-
-Array = Any
-PyTree = Any
+from jaxmtl import base, checks, keywords, linalg
+from jaxmtl.engine import routes
+from jaxmtl.engine.route import Options
+from jaxmtl.types import Aggregator, PyTree
 
 
 def value_and_gramian(
@@ -24,36 +21,40 @@ def value_and_gramian(
     shared: Any = None,
     has_aux: bool = False,
     chunk_size: int | None = None,
-) -> Callable[..., tuple[Any, Array, jax.tree_util.Partial]]:
-    """Make a function that returns losses, their Gramian `J J^T` and the map `w -> J^T w`.
+) -> Callable[..., tuple[Any, jax.Array, jax.tree_util.Partial]]:
+    """Makes a function that returns losses, their Gramian ``J J^T`` and the map ``w -> J^T w``.
 
-    The Jacobian J of the m losses is never formed. With `in_axes`, one objective per example, one
+    The Jacobian J of the m losses is never formed. With ``in_axes``, one objective per example, one
     backward pass gives the Gramian: each layer adds the inner products of its inputs times those of
     its output cotangents, and where that is dearer, or no such rule is known, the gradients of the
     examples with respect to this parameter alone (`explain` tells which). Without, m tasks over one
-    batch, gradients are pulled back and pushed forward again `chunk_size` at a time.
+    batch, gradients are pulled back and pushed forward again ``chunk_size`` at a time.
 
     Args:
-      losses_fn: `losses_fn(params, *args) -> (m,)`; with `in_axes`, the loss of one example,
-        `losses_fn(params, *example) -> ()`; with `encoder`, `losses_fn(params, z, *args) -> (m,)`.
-      in_axes: which axes of `(params, *args)` run over examples, as in `jax.vmap`; None for params.
-      encoder: `encoder(params, *args) -> z`. The Gramian is then that of the gradients with respect
-        to z, one pass through the encoder whatever m is.
-      shared: a pytree prefix of booleans, or a function of a leaf's path: parameters marked False
-        stay out of the Gramian, and the pullback gives them `J^T h` in place of `J^T w`.
-      has_aux: whether `losses_fn` returns `(losses, aux)`.
-      chunk_size: how many gradients exist at a time, without `in_axes`; one if None.
+      losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)``; with ``in_axes``, the loss of one
+        example, ``losses_fn(params, *example, **kwargs) -> ()``, or its losses of any shape, those
+        of the first example first; with ``encoder``, ``losses_fn(params, z, *args, **kwargs) ->
+        (m,)``.
+      in_axes: Which axes of ``(params, *args)`` run over examples, as in `jax.vmap`; keywords are
+        never mapped. In the entry for params, None (or a tree with None) stands for what examples
+        share, 0 for leaves ``(B, *s)`` of which each example has a slice: a head per task.
+      encoder: ``encoder(params, *args) -> z``. The Gramian is then that of the gradients with
+        respect to z, one pass through the encoder whatever m is.
+      shared: A pytree prefix of booleans, or a function of a leaf's path: parameters marked False
+        stay out of the Gramian, and the pullback gives them ``J^T h`` in place of ``J^T w``.
+      has_aux: Whether ``losses_fn`` returns ``(losses, aux)``.
+      chunk_size: How many gradients exist at a time, without ``in_axes``; one if None.
 
     Returns:
-      A function `(params, *args) -> (losses, gramian, pullback)`, or `((losses, aux), gramian,
-      pullback)`. `losses` has shape `(m,)`; `gramian` has shape `(m, m)` in the widest dtype of the
-      parameters, at least float32; `pullback(weights, head_weights=None)` is a
-      `jax.tree_util.Partial` that returns a pytree like params. `head_weights` (h above) are ones
-      if None. With `in_axes`, aux is stacked over examples.
+      A function ``(params, *args, **kwargs) -> (losses, gramian, pullback)``, or ``((losses, aux),
+      gramian, pullback)``. ``losses`` has shape ``(m,)``; ``gramian`` has shape ``(m, m)`` in the
+      widest dtype of the parameters, at least float32; ``pullback(weights, head_weights=None)`` is
+      a `jax.tree_util.Partial` that returns a pytree like params. ``head_weights`` (h above) are
+      ones if None. With ``in_axes``, aux is stacked over examples.
 
     Raises:
-      ValueError: The losses have the wrong shape, `in_axes` or batch sizes do not match, parameters
-        are not of floating point, or keywords exclude each other.
+      ValueError: The losses have the wrong shape, ``in_axes`` or batch sizes do not match,
+        parameters are not of floating point, or keywords exclude each other.
 
     **Reference**: P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, 2024,
     section 6 and algorithm 3.
@@ -73,19 +74,22 @@ def value_and_gramian(
     >>> print(pullback(jnp.array([1.0, 0.5])))
     [2.5 1.5]
     """
-    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
 
-    def evaluate(params: PyTree, *args: Any) -> tuple[Any, Array, jax.tree_util.Partial]:
-        found = routes.evaluate(options, params, args)
-        losses = (found.losses, found.aux) if has_aux else found.losses
-        return losses, found.gramian(), found.pullback
+    def evaluate(
+        params: PyTree, *args: Any, **kwargs: Any
+    ) -> tuple[Any, jax.Array, jax.tree_util.Partial]:
+        keywords.check(options.takes(len(args)), kwargs)
+        found = routes.evaluate(options, params, args, kwargs=kwargs)
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
+        return value, found.gramian(), found.pullback
 
     return evaluate
 
 
 def value_and_grad(
     losses_fn: Callable[..., Any],
-    aggregator: base.Aggregator,
+    aggregator: Aggregator,
     *,
     in_axes: Any = None,
     encoder: Callable[..., Any] | None = None,
@@ -93,27 +97,27 @@ def value_and_grad(
     has_aux: bool = False,
     chunk_size: int | None = None,
 ) -> Callable[..., tuple[tuple[Any, PyTree], PyTree]]:
-    """Make a function that returns losses and the aggregated gradient, without the Jacobian.
+    """Makes a function that returns losses and the aggregated gradient, without the Jacobian.
 
-    The same as `value_and_gramian`, then `aggregator.weighting.update`, then `pullback`. A rule
+    The same as `value_and_gramian`, then ``aggregator.weighting.update``, then ``pullback``. A rule
     that does not read the Gramian costs one forward and one backward pass. A step whose weights or
-    gradients are not finite gives zero gradients, keeps the state and adds one to `mtl_skipped`.
+    gradients are not finite gives zero gradients, keeps the state and adds one to ``mtl_skipped``.
 
     Args:
-      losses_fn: see `value_and_gramian`.
-      aggregator: a `jaxmtl.Aggregator` that has a weighting.
-      in_axes: see `value_and_gramian`.
-      encoder: see `value_and_gramian`; z is passed to the weighting as `features`.
-      shared: see `value_and_gramian`. The other parameters get `J^T h`, with h ones for rules that
-        read the Gramian, the weights themselves for those that do not, and
-        `aggregator.weighting.head_weights(state, task_mask=None)` where there is such a function.
-      has_aux: see `value_and_gramian`.
-      chunk_size: see `value_and_gramian`.
+      losses_fn: See `value_and_gramian`.
+      aggregator: A `jaxmtl.Aggregator` that has a weighting.
+      in_axes: See `value_and_gramian`.
+      encoder: See `value_and_gramian`; z is passed to the weighting as ``features``.
+      shared: See `value_and_gramian`. The other parameters get ``J^T h``, with h ones for rules
+        that read the Gramian, the weights themselves for those that do not, and
+        ``aggregator.weighting.head_weights(state, task_mask=None)`` where there is such a function.
+      has_aux: See `value_and_gramian`.
+      chunk_size: See `value_and_gramian`.
 
     Returns:
-      A function `(params, state, *args, **extra) -> ((losses, state), grads)`, or `(((losses, aux),
-      state), grads)`, with grads like params. Positional arguments go to `losses_fn`, keywords to
-      the weighting.
+      A function ``(params, state, *args, **extra) -> ((losses, state), grads)``, or ``(((losses,
+      aux), state), grads)``, with grads like params. Positional arguments go to ``losses_fn``,
+      keywords to the weighting.
 
     Raises:
       ValueError: The aggregator has no weighting, or as in `value_and_gramian`.
@@ -121,7 +125,7 @@ def value_and_grad(
     >>> import jax.numpy as jnp
     >>> from jaxmtl import base
     >>> from jaxmtl.engine import value_and_grad
-    >>> mean = base.from_weighting(lambda gramian: jnp.full(len(gramian), 1 / len(gramian)))
+    >>> mean = base.from_weighting(lambda m: jnp.full(m, 1 / m))
     >>> def losses_fn(params, targets):
     ...     return (params - targets) ** 2 / 2
     >>> params, state = jnp.zeros(2), mean.init(jnp.zeros(2))
@@ -130,28 +134,27 @@ def value_and_grad(
     >>> print(losses, grads)
     [0.5 2. ] [-0.5 -1. ]
     """
-    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
-    weighting = getattr(aggregator, "weighting", None)
-    if weighting is None:
-        raise ValueError(
-            "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
-            "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
-            "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
-            "losses=losses)"
-        )
+    options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    weighting = checks.check_weighting(aggregator)
     rule = getattr(weighting, "rule", None)
-    reads_gramian = rule is None or "gramian" in rule.reads
+    reads_gramian = rule is None or "gramian" in rule.needs
 
-    def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
-        found = routes.evaluate(options, params, args, reads_gramian)
+    def evaluate(params: PyTree, state: PyTree = None, *args: Any, **extra: Any) -> Any:
+        checks.check_state(rule, state)
+        extra, kwargs = keywords.split(weighting, options.takes(len(args)), extra)
+        found = routes.evaluate(options, params, args, reads_gramian, kwargs)
         if encoder is not None:
             extra.setdefault("features", found.features)
+        extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
-        if reads_gramian:
+        gramian = None
+        if rule is None:
             gramian = lax.stop_gradient(found.gramian())
-        else:  # which takes no more than m and the dtype from it
-            dtype = factors.gramian_dtype(losses, *map(jnp.asarray, jax.tree.leaves(params)))
-            gramian = jnp.zeros((losses.shape[0],) * 2, dtype)
+        elif reads_gramian:
+            gramian, extra["log2_scale"] = lax.stop_gradient(found.balanced_gramian())
+        if rule is not None:
+            dtype = linalg.accumulation_dtype(losses, params)
+            extra |= {"m": losses.shape[0], "dtype": dtype}
         weights, new_state = weighting.update(gramian, state, losses=losses, **extra)
         weights = lax.stop_gradient(weights)
         mask = extra.get("task_mask")
@@ -162,15 +165,15 @@ def value_and_grad(
             ok &= new_state.mtl_skipped == state.mtl_skipped
         grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
         new_state = base.skip_unless(ok, new_state, state)
-        value = (found.losses, found.aux) if has_aux else found.losses
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
         return (value, new_state), grads
 
     return evaluate
 
 
 def _head_weights(
-    weighting: Any, reads_gramian: bool, weights: Array, state: PyTree, task_mask: Any
-) -> Array:
+    weighting: Any, reads_gramian: bool, weights: jax.Array, state: PyTree, task_mask: Any
+) -> jax.Array:
     rule = getattr(weighting, "head_weights", None)
     if rule is not None:
         return lax.stop_gradient(rule(state, task_mask=task_mask))
@@ -188,20 +191,20 @@ def cross_gramian(
     shared: Any = None,
     has_aux: bool = False,
     chunk_size: int | None = None,
-) -> Callable[[PyTree, tuple[Any, ...], tuple[Any, ...]], Array]:
-    """Make a function that returns `J_1 J_2^T` for two batches, as stochastic rules need it.
+) -> Callable[[PyTree, tuple[Any, ...], tuple[Any, ...]], jax.Array]:
+    """Makes a function that returns ``J_1 J_2^T`` for two batches, as stochastic rules need it.
 
     Args:
-      losses_fn: see `value_and_gramian`, as all keywords.
-      in_axes: see `value_and_gramian`.
-      encoder: see `value_and_gramian`.
-      shared: see `value_and_gramian`.
-      has_aux: see `value_and_gramian`; aux is dropped.
-      chunk_size: see `value_and_gramian`.
+      losses_fn: See `value_and_gramian`, as all keywords.
+      in_axes: See `value_and_gramian`.
+      encoder: See `value_and_gramian`.
+      shared: See `value_and_gramian`.
+      has_aux: See `value_and_gramian`; aux is dropped.
+      chunk_size: See `value_and_gramian`.
 
     Returns:
-      A function `(params, args1, args2) -> (m1, m2)`, where `args1` and `args2` are the tuples of
-      arguments after params for the two batches. At least float32.
+      A function ``(params, args1, args2, **kwargs) -> (m1, m2)``, where ``args1`` and ``args2`` are
+      the tuples of arguments after params for the two batches. At least float32.
 
     Raises:
       ValueError: As in `value_and_gramian`, or if a tuple of arguments is not one.
@@ -215,16 +218,23 @@ def cross_gramian(
     [[2. 0.]
      [5. 1.]]
     """
-    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
 
-    def evaluate(params: PyTree, args1: tuple[Any, ...], args2: tuple[Any, ...]) -> Array:
+    def evaluate(
+        params: PyTree, args1: tuple[Any, ...], args2: tuple[Any, ...], **kwargs: Any
+    ) -> jax.Array:
         for args in (args1, args2):
             if not isinstance(args, tuple):
                 raise ValueError(
                     f"expected the arguments of each batch as a tuple, got {type(args).__name__}; "
                     "write cross_gramian(losses_fn)(params, (batch1,), (batch2,))"
                 )
-        return routes.cross(options, params, args1, args2)
+        for args in (args1, args2):
+            keywords.check(options.takes(len(args)), kwargs)
+        first, second = (
+            routes.evaluate(options, params, args, kwargs=kwargs) for args in (args1, args2)
+        )
+        return first.cross(second)
 
     return evaluate
 
@@ -247,22 +257,24 @@ def explain(
     shared: Any = None,
     has_aux: bool = False,
     chunk_size: int | None = None,
+    **kwargs: Any,
 ) -> Explanation:
-    """Tell how the Gramian of a losses function is computed; nothing is run.
+    """Tells how the Gramian of a losses function is computed; nothing is run.
 
     Args:
-      losses_fn: see `value_and_gramian`, as all keywords.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`.
-      *args: the arguments of `losses_fn`, likewise.
-      in_axes: see `value_and_gramian`.
-      encoder: see `value_and_gramian`.
-      shared: see `value_and_gramian`.
-      has_aux: see `value_and_gramian`.
-      chunk_size: see `value_and_gramian`.
+      losses_fn: See `value_and_gramian`, as all keywords.
+      params: Pytree of arrays or `jax.ShapeDtypeStruct`.
+      *args: The arguments of ``losses_fn``, likewise.
+      in_axes: See `value_and_gramian`.
+      encoder: See `value_and_gramian`.
+      shared: See `value_and_gramian`.
+      has_aux: See `value_and_gramian`.
+      chunk_size: See `value_and_gramian`.
+      **kwargs: Keywords of ``losses_fn``.
 
     Returns:
-      Text that names, with `in_axes`, for every parameter the path it takes and why; else, how rows
-      are contracted.
+      Text that names, with ``in_axes``, for every parameter the path it takes and why; else, how
+      rows are contracted.
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl.engine import explain
@@ -273,23 +285,19 @@ def explain(
     ['b']  float32[30]      per-example rows: no larger than the operands and cotangents of add
     ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
     """
-    options = routes.Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
-    found: list[routes.Evaluated] = []
+    options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    taken = options.takes(len(args))
+    kwargs = keywords.without_inputs(taken, kwargs)
+    keywords.check(taken, kwargs)
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    texts: list[str] = []  # what `eval_shape` would refuse as an output
 
-    def traced(params: PyTree, args: tuple[Any, ...]) -> None:
-        found.append(routes.evaluate(options, params, args))
+    def traced(arrays: list[jax.Array]) -> None:
+        found = iter(arrays)
+        full = [next(found) if flag else x for x, flag in zip(leaves, is_array, strict=True)]
+        params, args, kwargs = jax.tree.unflatten(treedef, full)
+        texts.append(routes.evaluate(options, params, args, kwargs=kwargs).explain())
 
-    jax.eval_shape(traced, params, args)
-    if in_axes is not None:
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        names = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
-        done = found[0].trace[0]
-        return Explanation(plan.describe(done.plan, names, [leaf for _, leaf in paths]))
-    linear: tasks.Linear = found[0].trace
-    of = "the features of the encoder" if encoder is not None else "the parameters"
-    if linear.push is not None:
-        size = min(chunk_size or 1, linear.losses.shape[0])
-        text = f"gradients of {of}, {size} at a time, pushed through the linearised losses"
-    else:
-        text = f"all gradients of {of} at once, row against row: {linear.reason}"
-    return Explanation(text)
+    jax.eval_shape(traced, [x for x, flag in zip(leaves, is_array, strict=True) if flag])
+    return Explanation(texts[0])

@@ -1,10 +1,8 @@
-"""Read a `Program` off a jaxpr.
+"""Reads a ``Program`` off a jaxpr.
 
 Calls that receive parameters (jit, remat, scan) are opened, so that uses are single primitives;
 PARAM values computed inside a loop are hoisted out of it.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 
+from jaxmtl.engine import linearity
 from jaxmtl.engine.program import (
     CONST,
     DATA,
@@ -23,11 +22,10 @@ from jaxmtl.engine.program import (
     Scan,
     Use,
     Value,
-    derived,
+    as_function,
+    from_params,
     is_float,
 )
-
-Array = Any
 
 # Calls whose body means the same thing inline; the name of the parameter that holds the body.
 _INLINE = {
@@ -43,15 +41,51 @@ _INLINE = {
 
 def _single_equation(
     eqn: Any, debug_info: Any
-) -> tuple[Callable[..., Sequence[Array]], list[Any], list[Any]]:
-    """Return one equation as a function, with the variables it reads and writes."""
+) -> tuple[Callable[..., Sequence[jax.Array]], list[Any], list[Any]]:
+    """Returns one equation as a function, with the variables it reads and writes."""
     reads = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
     writes = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    jaxpr = jex.Jaxpr([], reads, writes, [eqn], eqn.effects, debug_info)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, [])), reads, writes
+    about = debug_info._replace(arg_names=("",) * len(reads), result_paths=("",) * len(writes))
+    jaxpr = jex.Jaxpr([], reads, writes, [eqn], eqn.effects, about)
+    return as_function(jex.ClosedJaxpr(jaxpr, [])), reads, writes
 
 
-def _identity(x: Array) -> list[Array]:
+def _is_opaque(eqn: Any, debug_info: Any, ins: Sequence[Value] = ()) -> bool:
+    """Tells whether an equation has a backward pass that must see what `jax.grad` would show it.
+
+    It may not be linear in the cotangent, or ask which of its inputs are differentiated.
+
+    Args:
+      eqn: The equation.
+      debug_info: Of the jaxpr it stands in.
+      ins: What it reads, as far as it is known here.
+    """
+    name = eqn.primitive.name
+    if name == "custom_jvp_call":
+        return bool(eqn.params["symbolic_zeros"])
+    if name == "custom_vjp_call":
+        if eqn.params["symbolic_zeros"]:
+            return True
+        fun, reads, _ = _single_equation(eqn, debug_info)
+        wanted = [v.kind in (PARAM, DATA) for v in ins] or [True] * len(reads)
+        return not linearity.pull_is_linear(fun, [v.aval for v in reads], wanted)
+    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(eqn.params)]
+    return any(_is_opaque(inner, body.debug_info) for body in bodies for inner in body.eqns)
+
+
+def _has_state(jaxpr: Any) -> bool:
+    """Tells whether a jaxpr reads or writes mutable arrays (`jax.new_ref`)."""
+    for eqn in jaxpr.eqns:
+        if any(hasattr(v.aval, "inner_aval") for v in (*eqn.invars, *eqn.outvars)):
+            return True
+        if eqn.primitive.name != "pallas_call" and any(
+            _has_state(getattr(body, "jaxpr", body)) for body in jex.jaxprs_in_params(eqn.params)
+        ):
+            return True
+    return False
+
+
+def _identity(x: jax.Array) -> list[jax.Array]:
     return [x]
 
 
@@ -62,7 +96,7 @@ class _Builder:
     def inline(
         self, jaxpr: Any, inputs: Sequence[Value], steps: list[Any], loops: tuple[Loop, ...]
     ) -> tuple[Value, ...]:
-        """Append the equations of an open jaxpr to `steps`, and return its outputs."""
+        """Appends the equations of an open jaxpr to ``steps``, and returns its outputs."""
         env: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
 
         def read(atom: Any) -> Value:
@@ -97,6 +131,7 @@ class _Builder:
                         eqn,
                         steps,
                         loops,
+                        jaxpr.debug_info,
                     ),
                     strict=True,
                 ):
@@ -107,26 +142,38 @@ class _Builder:
                     env[var] = out
         return tuple(read(v) for v in jaxpr.outvars)
 
+    def stateful(
+        self, fun: Callable[..., Sequence[jax.Array]], ins: Sequence[Value], avals: Sequence[Any]
+    ) -> Use:
+        """Appends the one use of a program with mutable arrays: only JAX knows what they hold."""
+        outs = tuple(Value(aval, DATA) for aval in avals)
+        tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
+        use = Use(fun, tuple(ins), outs, "mutable arrays", tapped=tapped, probed=True)
+        self.uses.append(use)
+        return use
+
     @staticmethod
-    def constant(value: Array) -> Value:
+    def constant(value: jax.Array) -> Value:
         return Value(jax.typeof(value), CONST, literal=value)
 
     def call(
         self,
-        fun: Callable[..., Sequence[Array]],
+        fun: Callable[..., Sequence[jax.Array]],
         ins: Sequence[Value],
         avals: Sequence[Any],
         name: str,
         eqn: Any,
         steps: list[Any],
         loops: tuple[Loop, ...],
+        debug_info: Any = None,
     ) -> tuple[Value, ...]:
         kinds = {v.kind for v in ins}
         if DATA in kinds or (name == "identity"):
             outs = tuple(Value(aval, DATA) for aval in avals)
             tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
             if PARAM in kinds and tapped and name != "stop_gradient":
-                use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped)
+                probed = eqn is not None and _is_opaque(eqn, debug_info, ins)
+                use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped, probed)
                 self.uses.append(use)
                 steps.append(use)
             else:
@@ -136,6 +183,7 @@ class _Builder:
             sorted({loop for v in ins for loop in v.loops}, key=lambda loop: loop.depth)
         )
         step = Call(fun, tuple(ins), (), name, eqn)
+        bent = any(v.bent for v in ins) or (PARAM in kinds and _is_opaque(eqn, debug_info, ins))
         out_values = []
         for position, aval in enumerate(avals):
             if kinds <= {CONST}:
@@ -144,14 +192,14 @@ class _Builder:
                 kind = PARAM
             else:
                 kind = FROZEN
-            out_values.append(Value(aval, kind, varying, (step, position)))
+            out_values.append(Value(aval, kind, varying, (step, position), bent=bent))
         step.outs = tuple(out_values)
         if kinds <= {CONST}:
             steps.append(step)
         return step.outs
 
     def as_data(self, value: Value, aval: Any, steps: list[Any], loops: tuple[Loop, ...]) -> Value:
-        """Return the value as DATA: a PARAM that enters a carry is used there."""
+        """Returns the value as DATA: a PARAM that enters a carry is used there."""
         if value.kind == DATA:
             return value
         return self.call(_identity, [value], [aval], "identity", None, steps, loops)[0]
@@ -174,7 +222,7 @@ class _Builder:
         slices = [
             Value(var.aval, v.kind)
             if v.kind == DATA
-            else Value(var.aval, v.kind, (*v.loops, loop), v)
+            else Value(var.aval, v.kind, (*v.loops, loop), v, bent=v.bent)
             for v, var in zip(xs, invars[num_consts + num_carry :], strict=True)
         ]
         body: list[Any] = []
@@ -186,7 +234,7 @@ class _Builder:
             for v, var in zip(found, closed.jaxpr.outvars, strict=True)
         )
         results = tuple(Value(var.aval, DATA) for var in eqn.outvars)
-        plain = [(v, s) for v, s in zip(xs, slices, strict=True) if not derived(v)]
+        plain = [(v, s) for v, s in zip(xs, slices, strict=True) if not from_params(v)]
         steps.append(
             Scan(
                 loop,
@@ -206,34 +254,33 @@ class _Builder:
         return results
 
 
-def build(closed: Any, num_leaves: int, batched: Sequence[bool]) -> Program:
-    """Find the uses of the first `num_leaves` inputs of a traced per-example loss.
+def build(closed: Any, num_leaves: int) -> Program:
+    """Finds the uses of the first ``num_leaves`` inputs of a traced per-example loss.
 
     Args:
-      closed: a closed jaxpr; its first output is the loss.
-      num_leaves: how many of its inputs are parameters; they come first.
-      batched: for each other input, whether it changes from example to example.
+      closed: A closed jaxpr; its first output is the loss, its inputs are the parameters, then
+        what changes from example to example.
+      num_leaves: How many of its inputs are parameters.
 
     Returns:
-      The program. Its `constants` are the closed-over arrays, then the inputs that all examples
-      share.
+      The program. Its ``constants`` are the closed-over arrays.
     """
     builder = _Builder()
     steps: list[Any] = []
     invars = closed.jaxpr.invars
-    closed_over = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
+    constants = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
     leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]
-    others = [
-        Value(v.aval, DATA if b else CONST)
-        for v, b in zip(invars[num_leaves:], batched, strict=True)
-    ]
-    outs = list(builder.inline(closed.jaxpr, [*closed_over, *leaves, *others], steps, ()))
+    data = [Value(var.aval, DATA) for var in invars[num_leaves:]]
+    ins = [*constants, *leaves, *data]
+    if _has_state(closed.jaxpr):
+        avals = [var.aval for var in closed.jaxpr.outvars]
+
+        def everything(*inputs: jax.Array) -> Sequence[jax.Array]:
+            consts, inputs = inputs[: len(constants)], inputs[len(constants) :]
+            return as_function(jex.ClosedJaxpr(closed.jaxpr, consts))(*inputs)
+
+        use = builder.stateful(everything, ins, avals)
+        return Program(tuple(leaves), tuple(constants), tuple(data), [use], use.outs, [use])
+    outs = list(builder.inline(closed.jaxpr, ins, steps, ()))
     outs[0] = builder.as_data(outs[0], outs[0].aval, steps, ())
-    return Program(
-        tuple(leaves),
-        tuple(closed_over) + tuple(v for v in others if v.kind == CONST),
-        tuple(v for v in others if v.kind == DATA),
-        steps,
-        tuple(outs),
-        builder.uses,
-    )
+    return Program(tuple(leaves), tuple(constants), tuple(data), steps, tuple(outs), builder.uses)

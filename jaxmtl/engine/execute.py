@@ -1,53 +1,58 @@
-"""Run a `Program`: its losses, the taps on its uses, and the gradients that follow from them."""
-
-from __future__ import annotations
+"""Run a ``Program``: its losses, the taps on its uses, and the gradients that follow from them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmtl import linalg
-from jaxmtl.engine.program import DATA, PARAM, Call, Program, Scan, Use, Value, derived
+from jaxmtl.engine.primitives import rule_of
+from jaxmtl.engine.program import DATA, PARAM, Call, Program, Scan, Use, Value, from_params
 
-Array = Any
-Env = dict[Value, Array]
-
-# Uses that are linear in their one parameter: they transpose without a forward pass.
-_LINEAR = frozenset(
-    {
-        "dot_general",
-        "conv_general_dilated",
-        "gather",
-        "dynamic_slice",
-        "mul",
-        "identity",
-        "reshape",
-        "transpose",
-    }
-)
+Env = dict[Value, jax.Array]
 
 
-def resolve(env: Env, value: Value) -> Array:
-    """Return a value that does not depend on the example, as seen outside all loops."""
+def resolve(env: Env, value: Value) -> jax.Array:
+    """Returns a value that does not depend on the example, as seen outside all loops."""
+    stack = [value]  # and no recursion: a parameter may pass through thousands of equations
+    while stack:
+        v = stack[-1]
+        missing = [u for u in _origins(v) if not _is_known(env, u)]
+        if _is_known(env, v):
+            stack.pop()
+        elif missing:
+            stack.extend(missing)
+        elif isinstance(v.origin, Value):
+            env[v] = _read(env, v.origin)
+        else:
+            assert v.origin is not None  # Every other value is an input, and inputs are in `env`.
+            call, _ = v.origin
+            outs = over_loops(call, v.loops)(*(_read(env, u) for u in call.ins))
+            env.update(zip(call.outs, outs, strict=True))
+    return _read(env, value)
+
+
+def _origins(value: Value) -> tuple[Value, ...]:
+    if isinstance(value.origin, Value):
+        return (value.origin,)
+    return () if value.origin is None else value.origin[0].ins
+
+
+def _is_known(env: Env, value: Value) -> bool:
+    return value in env or value.literal is not None
+
+
+def _read(env: Env, value: Value) -> jax.Array:
     if value in env:
         return env[value]
-    if value.literal is not None:
-        return value.literal
-    if isinstance(value.origin, Value):
-        env[value] = resolve(env, value.origin)
-        return env[value]
-    assert value.origin is not None  # Every other value is an input, and inputs are in `env`.
-    call, _ = value.origin
-    outs = over_loops(call, value.loops)(*(resolve(env, v) for v in call.ins))
-    env.update(zip(call.outs, outs, strict=True))
-    return env[value]
+    return jnp.asarray(value.literal) if isinstance(value.literal, np.ndarray) else value.literal
 
 
 def over_loops(call: Call, loops: Sequence[Any], data_varies: bool = False) -> Callable[..., Any]:
-    """Return `call.fun` mapped over loops, outermost first, for the operands that change."""
+    """Returns ``call.fun`` mapped over loops, outermost first, for the operands that change."""
     fun = call.fun
     for loop in reversed(loops):
         axes = [
@@ -61,56 +66,58 @@ def over_loops(call: Call, loops: Sequence[Any], data_varies: bool = False) -> C
 
 
 def _broadcast_outputs(fun: Callable[..., Any], length: int) -> Callable[..., Any]:
-    def repeated(*args: Array) -> list[Array]:
+    def repeated(*args: jax.Array) -> list[jax.Array]:
         return [jnp.broadcast_to(x, (length, *x.shape)) for x in fun(*args)]
 
     return repeated
 
 
-def derive(program: Program, leaves: Sequence[Array], constants: Sequence[Array]) -> Env:
-    """Return an environment that holds the inputs shared by all examples."""
+def shared_env(
+    program: Program, leaves: Sequence[jax.Array], constants: Sequence[jax.Array]
+) -> Env:
+    """Returns an environment that holds the inputs shared by all examples."""
     env: Env = dict(zip(program.leaves, leaves, strict=True))
     env.update(zip(program.constants, constants, strict=True))
     return env
 
 
 def tap_shapes(program: Program) -> list[list[jax.ShapeDtypeStruct]]:
-    """Return, per use and tapped output, the type of its cotangent for one example."""
+    """Returns, per use, the types of its taps for one example."""
     return [
         [
             jax.ShapeDtypeStruct(
-                tuple(loop.length for loop in use.loops) + use.outs[k].aval.shape,
-                use.outs[k].aval.dtype,
-                sharding=linalg.explicit_sharding(use.outs[k].aval, lead=len(use.loops)),
+                tuple(loop.length for loop in use.loops) + aval.shape,
+                aval.dtype,
+                sharding=linalg.explicit_sharding(aval, lead=len(use.loops)),
             )
-            for k in use.tapped
+            for aval in use.taps
         ]
         for use in program.uses
     ]
 
 
 def _needed(steps: Iterable[Any]) -> dict[Value, None]:
-    """Return the values of these steps that are computed from the parameters alone."""
+    """Returns the values of these steps that are computed from the parameters alone."""
     found: dict[Value, None] = {}
     for step in steps:
         if isinstance(step, Scan):
             found.update(_needed(step.steps))
-            found.update((v, None) for v in step.xs if derived(v))
+            found.update((v, None) for v in step.xs if from_params(v))
         else:
-            found.update((v, None) for v in step.ins if derived(v))
+            found.update((v, None) for v in step.ins if from_params(v))
     return found
 
 
 def run(
-    program: Program, env: Env, example: Sequence[Array], taps: Sequence[Sequence[Array]]
-) -> tuple[list[Array], list[tuple[Array, ...]]]:
-    """Evaluate the program on one example, with `taps` added to the outputs of the uses.
+    program: Program, env: Env, example: Sequence[jax.Array], taps: Sequence[Sequence[jax.Array]]
+) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
+    """Evaluates the program on one example, with ``taps`` added where the uses want them.
 
     Args:
       program: the program.
-      env: from `derive`.
+      env: from `shared_env`.
       example: its DATA inputs.
-      taps: per use, one array for each tapped output.
+      taps: per use, arrays of the types that `tap_shapes` tells.
 
     Returns:
       The outputs, and per use the values of its DATA operands, stacked over the loops around it.
@@ -119,28 +126,32 @@ def run(
     for value in _needed(program.steps):
         resolve(env, value)
     env.update(zip(program.data, example, strict=True))
-    residuals: dict[Use, tuple[Array, ...]] = {}
+    residuals: dict[Use, tuple[jax.Array, ...]] = {}
     _run_steps(program.steps, env, dict(zip(program.uses, taps, strict=True)), residuals)
     outs = [env[v] if v in env else resolve(env, v) for v in program.outs]
     return outs, [residuals[use] for use in program.uses]
 
 
-def _read(env: Env, value: Value) -> Array:
-    return env.get(value, value.literal)
-
-
 def _run_steps(
     steps: Iterable[Any],
     env: Env,
-    taps: dict[Use, Sequence[Array]],
-    residuals: dict[Use, tuple[Array, ...]],
+    taps: dict[Use, Sequence[jax.Array]],
+    residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     for step in steps:
         if isinstance(step, Scan):
             _run_scan(step, env, taps, residuals)
             continue
-        outs = list(step.fun(*(_read(env, v) for v in step.ins)))
-        if isinstance(step, Use):
+        ins = [_read(env, v) for v in step.ins]
+        if isinstance(step, Use) and step.probed:
+            probes = iter(taps[step])
+            ins = [
+                x + next(probes) if v.kind == PARAM else x
+                for v, x in zip(step.ins, ins, strict=True)
+            ]
+            residuals[step] = ()
+        outs = list(step.fun(*ins))
+        if isinstance(step, Use) and not step.probed:
             for k, tap in zip(step.tapped, taps[step], strict=True):
                 outs[k] = outs[k] + tap
             residuals[step] = tuple(_read(env, v) for v in step.data)
@@ -150,18 +161,18 @@ def _run_steps(
 def _run_scan(
     scan: Scan,
     env: Env,
-    taps: dict[Use, Sequence[Array]],
-    residuals: dict[Use, tuple[Array, ...]],
+    taps: dict[Use, Sequence[jax.Array]],
+    residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     sliced = [v for v in _needed(scan.steps) if scan.loop in v.loops]
 
-    def body(carry: Sequence[Array], xs: Any) -> tuple[list[Array], Any]:
+    def body(carry: Sequence[jax.Array], xs: Any) -> tuple[list[jax.Array], Any]:
         slices, pieces, inner_taps = xs
         inner_env = dict(env)
         inner_env.update(zip(scan.carry, carry, strict=True))
         inner_env.update(zip(scan.slices, slices, strict=True))
         inner_env.update(zip(sliced, pieces, strict=True))
-        inner_residuals: dict[Use, tuple[Array, ...]] = {}
+        inner_residuals: dict[Use, tuple[jax.Array, ...]] = {}
         inner = dict(zip(scan.uses, inner_taps, strict=True))
         _run_steps(scan.steps, inner_env, inner, inner_residuals)
         ys = [_read(inner_env, v) for v in scan.ys]
@@ -183,14 +194,28 @@ def _run_scan(
     residuals.update(zip(scan.uses, stacked, strict=True))
 
 
+def probed_rows(use: Use, cotangents: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the cotangents of the PARAM operands of a probed use, from those of its taps.
+
+    Args:
+      use: A use whose taps are on its operands.
+      cotangents: ``(examples, *loops, *shape)``.
+    """
+    rows = []
+    for value, x in zip(use.params, cotangents, strict=True):
+        repeated = [1 + i for i, loop in enumerate(use.loops) if loop not in value.loops]
+        rows.append(jnp.sum(x, axis=repeated) if repeated else x)
+    return rows
+
+
 def pull(
     use: Use,
     env: Env,
-    residual: Sequence[Array],
-    cotangents: Sequence[Array],
+    residual: Sequence[jax.Array],
+    cotangents: Sequence[jax.Array],
     over_examples: bool = False,
-) -> list[Array]:
-    """Return the cotangents of the PARAM operands of one use.
+) -> list[jax.Array]:
+    """Returns the cotangents of the PARAM operands of one use.
 
     Args:
       use: the use.
@@ -211,29 +236,29 @@ def pull(
     known = {v: resolve(env, v) for v in use.ins if v.kind not in (PARAM, DATA)}
     known.update(zip(use.data, residual, strict=True))
 
-    def of_params(*params: Array) -> list[Array]:
+    def of_params(*params: jax.Array) -> list[jax.Array]:
         values = {**known, **dict(zip(use.params, params, strict=True))}
         outs = fun(*(values[v] for v in use.ins))
         return [outs[k] for k in use.tapped]
 
     primals = [resolve(env, v) for v in use.params]
-    if use.name in _LINEAR and len(primals) == 1:
+    if rule_of(use).is_linear and len(primals) == 1:
         return list(jax.linear_transpose(of_params, *primals)(list(cotangents)))
     return list(jax.vjp(of_params, *primals)[1](list(cotangents)))
 
 
 def pull_to_leaves(
     program: Program,
-    leaves: Sequence[Array],
-    constants: Sequence[Array],
-    cotangents: dict[Value, Array],
-) -> list[Array]:
-    """Carry cotangents of PARAM values back to the leaves; zeros where nothing arrives."""
+    leaves: Sequence[jax.Array],
+    constants: Sequence[jax.Array],
+    cotangents: dict[Value, jax.Array],
+) -> list[jax.Array]:
+    """Carries cotangents of PARAM values back to the leaves; zeros where nothing arrives."""
     targets = [v for v in cotangents if v.leaf is None]
     if targets:
 
-        def values(leaves: Sequence[Array]) -> list[Array]:
-            env = derive(program, leaves, constants)
+        def values(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+            env = shared_env(program, leaves, constants)
             return [resolve(env, v) for v in targets]
 
         _, pullback = jax.vjp(values, list(leaves))

@@ -1,7 +1,5 @@
 """Drop uses on which the loss does not depend differentiably: behind stop_gradient, or for aux."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +10,7 @@ def prune(program: Program) -> Program:
     """Turn uses that cannot reach the first output into ordinary calls.
 
     Their cotangents are zero, so that they add nothing; and they need not have a derivative, such
-    as a `while_loop` under `stop_gradient`.
+    as a ``while_loop`` under ``stop_gradient``.
     """
     live = {program.outs[0]}
     _mark(program.steps, live)
@@ -25,7 +23,7 @@ def prune(program: Program) -> Program:
 
 
 def _mark(steps: Iterable[Any], live: set[Value]) -> None:
-    """Add to `live` the DATA values from which a derivative reaches a live one."""
+    """Add to ``live`` the DATA values from which a derivative reaches a live one."""
     for step in reversed(list(steps)):
         if isinstance(step, Scan):
             _mark_scan(step, live)

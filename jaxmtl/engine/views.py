@@ -2,11 +2,9 @@
 
 A transposed, reshaped, sliced or concatenated parameter holds each entry at most once, so inner
 products of its gradients are inner products of gradients of the parameters themselves, and no
-per-example gradient is needed. Anything else (`W * mask`, a broadcast bias) has no view, and goes
+per-example gradient is needed. Anything else (``W * mask``, a broadcast bias) has no view, and goes
 through the gradient of the parameter.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -28,8 +26,8 @@ class View:
     """Entries of parameters, each once.
 
     Attributes:
-      pieces: `(leaf, box)` pairs that share no entry; the box is None where it is unknown.
-      axes: for each axis of the value (outside loops) the axis of the leaf that it runs over,
+      pieces: Pairs ``(leaf, box)`` that share no entry; the box is None where it is unknown.
+      axes: For each axis of the value (outside loops) the axis of the leaf that it runs over,
         or None for an axis of length one; None as a whole where there is no such map.
     """
 
@@ -37,47 +35,95 @@ class View:
     axes: tuple[int | None, ...] | None
 
 
-def leaves_of(value: Value) -> set[int]:
-    """Return the positions of the leaves that a value depends on."""
-    found: set[int] = set()
-    seen: set[Value] = set()
-    stack = [value]
-    while stack:
-        v = stack.pop()
-        if v in seen or v.kind == CONST:
-            continue
-        seen.add(v)
-        if v.leaf is not None:
-            found.add(v.leaf)
-        elif isinstance(v.origin, Value):
-            stack.append(v.origin)
-        elif v.origin is not None:
-            stack.extend(v.origin[0].ins)
-    return found
+class Views:
+    """The views of the values of one program, each worked out once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Value, View | None] = {}
+        self._leaves: dict[Value, frozenset[int]] = {}
+
+    def leaves(self, value: Value) -> frozenset[int]:
+        """Returns the positions of the leaves that a value depends on."""
+        found: set[int] = set()
+        seen: set[Value] = set()
+        stack = [] if value in self._leaves else [value]
+        while stack:
+            v = stack.pop()
+            if v in seen or v.kind == CONST:
+                continue
+            seen.add(v)
+            if v in self._leaves:
+                found |= self._leaves[v]
+            elif v.leaf is not None:
+                found.add(v.leaf)
+            else:
+                stack.extend(_sources(v))
+        return self._leaves.setdefault(value, frozenset(found))
+
+    def of(self, value: Value) -> View | None:
+        """Returns the entries that a PARAM value holds, or None where it is no such selection."""
+        stack = [value]  # and no recursion: a parameter may pass through thousands of equations
+        while stack:
+            v = stack[-1]
+            needed = [u for u in _operands(v) if u not in self._known]
+            if v not in self._known and needed:
+                stack.extend(needed)
+                continue
+            if v not in self._known:
+                self._known[v] = _view(v, [self._known[u] for u in _operands(v)])
+            stack.pop()
+        return self._known[value]
+
+    def overlap(self, v: Value, w: Value) -> bool:
+        """Tells whether gradients of two PARAM values can share an entry of a parameter."""
+        view_v, view_w = self.of(v), self.of(w)
+        if view_v is None or view_w is None:
+            return bool(self.leaves(v) & self.leaves(w))
+        return any(not _disjoint(p, q) for p in view_v.pieces for q in view_w.pieces)
+
+    def axis_names(self, value: Value, alone: bool) -> tuple[int | None, ...] | None:
+        """Names each axis of a value by the parameter's axis that it runs over.
+
+        Two views of the same entries get the same names.
+
+        Args:
+          value: A PARAM value with a view.
+          alone: Whether it is compared with itself only, so that its own axes will do.
+        """
+        if alone:
+            return tuple(range(len(value.shape)))
+        found = self.of(value)
+        return None if found is None else found.axes
 
 
-def view(value: Value) -> View | None:
-    """Return the entries that a PARAM value holds, or None where it is not such a selection."""
+def _sources(value: Value) -> tuple[Value, ...]:
+    if isinstance(value.origin, Value):
+        return (value.origin,)
+    return () if value.origin is None else value.origin[0].ins
+
+
+def _operands(value: Value) -> list[Value]:
+    return [] if value.leaf is not None else [v for v in _sources(value) if v.kind == PARAM]
+
+
+def _view(value: Value, bases: Sequence[View | None]) -> View | None:
+    """Returns the view of a value, given those of its PARAM operands."""
     if value.leaf is not None:
         box = tuple((0, 1, n) for n in value.aval.shape)
         return View(((value.leaf, box),), tuple(range(len(box))))
     if isinstance(value.origin, Value):
-        return view(value.origin)
+        return bases[0]
     if value.origin is None:
         return None
     call, position = value.origin
     if call.name == "concatenate":
-        return _concatenate([view(v) for v in call.ins], len(call.ins) == len(call.eqn.invars))
-    operands = [v for v in call.ins if v.kind == PARAM]
+        return _concatenate(bases, len(call.ins) == len(call.eqn.invars) == len(bases))
+    operands = _operands(value)
     if len(operands) != 1 or operands[0].loops != value.loops:
         return None
     if not jnp.issubdtype(value.aval.dtype, jnp.floating):
         return None  # a complex value: its gradients have two real parts
-    operand = operands[0]
-    base = view(operand)
-    if base is None:
-        return None
-    return _step(base, call, position, operand, value)
+    return None if bases[0] is None else _step(bases[0], call, position, operands[0], value)
 
 
 def _step(base: View, call: Call, position: int, operand: Value, value: Value) -> View | None:
@@ -129,8 +175,7 @@ def _slice(
     if base.axes is None or len(base.pieces) != 1 or base.pieces[0][1] is None:
         return View(_without_boxes(base), None)
     leaf, box = base.pieces[0]
-    assert box is not None
-    new = list(box)
+    new = list(box or ())
     for axis, start, step, size in zip(base.axes[prefix:], starts, steps, sizes, strict=True):
         if axis is not None:
             old_start, old_step, _ = new[axis]
@@ -162,24 +207,3 @@ def _separate(a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
     if start1 + step1 * (size1 - 1) < start2 or start2 + step2 * (size2 - 1) < start1:
         return True
     return (start1 - start2) % math.gcd(step1, step2) != 0
-
-
-def overlap(v: Value, w: Value) -> bool:
-    """Whether gradients of two PARAM values can share an entry of a parameter."""
-    view_v, view_w = view(v), view(w)
-    if view_v is None or view_w is None:
-        return bool(leaves_of(v) & leaves_of(w))
-    return any(not _disjoint(p, q) for p in view_v.pieces for q in view_w.pieces)
-
-
-def keys(value: Value, same_value: bool) -> tuple[int | None, ...] | None:
-    """Return a name for each axis of a value, comparable between values that hold one box.
-
-    Args:
-      value: a PARAM value with a view.
-      same_value: whether it is compared with itself only, so that its own axes will do.
-    """
-    if same_value:
-        return tuple(range(len(value.shape)))
-    found = view(value)
-    return None if found is None else found.axes

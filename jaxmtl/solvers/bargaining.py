@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.solvers.nonneg_qp import Solution
-from jaxmtl.solvers.quadratic import row_normalised
+from jaxmtl.solvers.quadratic import row_normalized
 
 _STEP_LENGTHS = tuple(0.5**k for k in range(8))
 
@@ -41,7 +41,7 @@ def bargaining(
     m, dtype = gramian.shape[0], gramian.dtype
     eps = jnp.finfo(dtype).eps
     p = jnp.asarray(exponent, dtype)
-    unit, norms, zero = row_normalised(gramian)
+    unit, norms, zero = row_normalized(gramian)
     usable = ~zero if mask is None else mask & ~zero
     pair = usable[:, None] & usable[None, :]
     identity = jnp.eye(m, dtype=dtype)

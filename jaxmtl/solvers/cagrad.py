@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
-from jaxmtl.solvers.quadratic import min_norm, row_normalised
+from jaxmtl.solvers.quadratic import min_norm, row_normalized
 
 
 def worst_improvement(
@@ -27,7 +27,7 @@ def worst_improvement(
 
     Args:
       gramian: (m, m).
-      radius: c, a scalar in [0, 1).
+      radius: c, a scalar, at least 0.
       reference: u, (m,), the weights of g_0.
       mask: (m,) bool, False for tasks that do not take part; all do if None.
 
@@ -43,7 +43,7 @@ def worst_improvement(
     m, dtype = gramian.shape[0], gramian.dtype
     eps = jnp.finfo(dtype).eps
     mask = jnp.ones((m,), bool) if mask is None else mask
-    unit, norms, zero = row_normalised(gramian)
+    unit, norms, zero = row_normalized(gramian)
     usable = mask & ~zero
     slopes = unit @ jnp.where(usable, norms * reference, 0)  # (g_i / |g_i|) . g_0
     reference_norm = jnp.sqrt(jnp.maximum(slopes @ jnp.where(usable, norms * reference, 0), 0))

@@ -6,12 +6,21 @@ import jax.numpy as jnp
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
 
 
-def row_normalised(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def row_normalized(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Divides a Gramian by the norms of its rows, ``Q = D^-1 G D^-1``.
+
+    Args:
+      gramian: (m, m).
 
     Returns:
       A triple of Q (m, m) with unit diagonal (zero rows become orthogonal unit rows),
       the norms (m,), 1 for zero rows, and a bool (m,) that marks the zero rows.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.solvers import row_normalized
+    >>> print(row_normalized(jnp.array([[4.0, -1.0], [-1.0, 1.0]]))[0])
+    [[ 1.  -0.5]
+     [-0.5  1. ]]
     """
     diagonal = jnp.diagonal(gramian)
     zero = diagonal <= 0
@@ -44,7 +53,7 @@ def min_norm(gramian: jax.Array, mask: jax.Array | None = None) -> Solution:
     """
     m = gramian.shape[0]
     mask = jnp.ones((m,), bool) if mask is None else mask
-    unit, norms, zero = row_normalised(gramian)
+    unit, norms, zero = row_normalized(gramian)
     usable = mask & ~zero
     smallest = jnp.min(jnp.where(usable, norms, jnp.inf))
     h = jnp.where(usable, smallest / norms, 0)
@@ -82,7 +91,7 @@ def project_dual_cone(
     >>> print(v @ jacobian)
     [0.5 0.5]
     """
-    unit, norms, zero = row_normalised(gramian)
+    unit, norms, zero = row_normalized(gramian)
     usable = ~zero if mask is None else mask & ~zero
     bounds = jnp.where(usable, jnp.atleast_2d(lower) * norms, 0)  # of x = D v
     largest = jnp.max(bounds, -1, keepdims=True)

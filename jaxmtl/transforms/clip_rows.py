@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmtl import base, linalg
+from jaxmtl import checks, linalg
 
 
 def clip_rows(max_norm: float) -> optax.GradientTransformationExtraArgs:
@@ -34,7 +34,7 @@ def clip_rows(max_norm: float) -> optax.GradientTransformationExtraArgs:
     [[0.6 0.8]
      [0.3 0.4]]
     """
-    base.check_range("max_norm", max_norm, 0, closed="right")
+    checks.check_range("max_norm", max_norm, 0, closed="right")
 
     def update(
         updates: Any, state: optax.EmptyState, params: Any = None, **extra: Any
@@ -42,7 +42,7 @@ def clip_rows(max_norm: float) -> optax.GradientTransformationExtraArgs:
         del extra
         if not jax.tree.leaves(updates) and params is not None:
             return updates, state
-        base.check_jacobian(updates, params, None)
+        checks.check_jacobian(updates, params, None)
         norms = linalg.row_norms(updates)
         bound = jnp.asarray(max_norm, norms.dtype)
         factors = jnp.where(norms > bound, bound / jnp.where(norms > 0, norms, 1), 1)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxmtl import base, linalg
+from jaxmtl import checks, linalg, tasks
+from jaxmtl.types import INPUTS, Aggregator
 
 PyTree = Any
 
@@ -86,7 +87,7 @@ def multi_steps(
     *,
     num_tasks: int | None = None,
     averaged: Mapping[str, tuple[int, ...]] | None = None,
-) -> base.Aggregator:
+) -> Aggregator:
     """Accumulates the rows of k micro-batches, then takes one step on their mean.
 
     The step is that of the concatenated batch (of micro-batches of one size). In between, updates
@@ -103,7 +104,7 @@ def multi_steps(
 
     Returns:
       An `Aggregator` without ``weighting`` whose state is a `MultiStepsState`. Of the inputs,
-      ``losses``, ``lower_losses``, ``previous_batch_losses``, ``cross_gramian``, ``value`` and
+      those over tasks (``losses``, ``cross_gramian``, ``preference`` and so on), ``value`` and
       those in ``averaged`` are averaged over the micro-batches; of ``key`` and all that is not
       floating point the last is passed on. Pass the same inputs with every micro-batch.
 
@@ -140,13 +141,13 @@ def multi_steps(
     0.0 0.0 1
     -0.9 -0.3 0
     """
-    base.check_num_tasks(num_tasks, required_by="multi_steps")
-    m = num_tasks or 1
+    m = checks.require_num_tasks(num_tasks, "multi_steps")
     if not callable(k) and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"expected k to be an int of at least 1 or a schedule, got {k!r}")
     chain = optax.with_extra_args_support(inner)
-    shapes: dict[str, tuple[int, ...]] = {"cross_gramian": (m, m), "value": ()}
-    shapes |= dict.fromkeys(("losses", "lower_losses", "previous_batch_losses"), (m,))
+    of_tasks = {name: known for name, known in INPUTS.items() if known.task_axes}
+    shapes: dict[str, tuple[int, ...]] = {"value": ()}
+    shapes |= {name: (m,) * known.task_axes for name, known in of_tasks.items()}
     own = {name: tuple(shape) for name, shape in (averaged or {}).items()}
     shapes |= own
 
@@ -162,7 +163,7 @@ def multi_steps(
         step = jnp.zeros((), jnp.int32)
         means = {name: mean(name) for name in shapes}
         rows = Mean(linalg.zero_rows(params, m), jnp.zeros((m,), jnp.int32))
-        return MultiStepsState(step, step, rows, means, state)
+        return tasks.own_buffers(MultiStepsState(step, step, rows, means, state))
 
     def read(extra: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         inputs, last = {}, {}
@@ -194,15 +195,18 @@ def multi_steps(
     ) -> tuple[PyTree, MultiStepsState]:
         if not jax.tree.leaves(updates) and params is not None:
             return updates, state
-        base.check_jacobian(updates, params, m)
-        rows = base.remove_absent(updates, task_mask, m)
-        mask = jnp.ones((m,), bool) if task_mask is None else jnp.asarray(task_mask)
-        inputs, last = read(extra)
+        checks.check_jacobian(updates, params, m)
+        given = checks.stack_named(dict(extra, task_mask=task_mask))
+        task_mask = given.pop("task_mask")
+        mask = checks.check_mask(task_mask, m)
+        rows = tasks.zero_absent_rows(updates, None if task_mask is None else mask)
+        inputs, last = read(given)
         valid = dict.fromkeys(inputs, jnp.asarray(True))
-        valid |= dict.fromkeys(("losses", "lower_losses"), mask)
-        valid["cross_gramian"] = mask[:, None] & mask[None, :]
-        if "previous_batch_losses" in inputs:
-            valid["previous_batch_losses"] = jnp.isfinite(inputs["previous_batch_losses"])
+        for name in inputs.keys() & of_tasks.keys():
+            if not of_tasks[name].guarded:  # not finite: not known
+                valid[name] = jnp.isfinite(inputs[name])
+            else:
+                valid[name] = tasks.pairs(mask) if of_tasks[name].task_axes == 2 else mask
         inputs = {name: jnp.where(valid[name], x, 0) for name, x in inputs.items()}
 
         new_rows = _accumulate(state.rows, rows, mask)
@@ -215,14 +219,15 @@ def multi_steps(
 
         def step(params: PyTree) -> tuple[PyTree, PyTree]:
             passed = {name: mean.value for name, mean in means.items()}
-            if "previous_batch_losses" in means:
-                value, seen = means["previous_batch_losses"]
-                passed["previous_batch_losses"] = jnp.where(seen > 0, value, jnp.nan)
+            for name in passed.keys() & of_tasks.keys():
+                if not of_tasks[name].guarded:
+                    passed[name] = jnp.where(means[name].seen > 0, passed[name], jnp.nan)
             if task_mask is not None:
                 passed["task_mask"] = new_rows.seen > 0
             old = state.inner.inner if counted else state.inner
             result, new = chain.update(new_rows.value, old, params, **passed, **last)
-            base.check_updates(params, result)
+            checks.check_shapes_stay(old, new)
+            checks.check_updates(params, result)
             new = state.inner._replace(inner=new) if counted else new
             return result, jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, state.inner)
 
@@ -248,4 +253,4 @@ def multi_steps(
         done = state.gradient_step + emit
         return result, MultiStepsState(mini_step, done, new_rows, new_inputs, new_inner)
 
-    return base.Aggregator(init, update, None)
+    return Aggregator(init, update, None)

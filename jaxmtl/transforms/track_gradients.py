@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxmtl import base, linalg
+from jaxmtl import base, checks, linalg, tasks
 
 PyTree = Any
 Schedule = float | Callable[[jax.Array], Any]
@@ -31,7 +31,7 @@ class TrackState(NamedTuple):
 def check_schedule(name: str, value: Schedule, low: float, high: float) -> None:
     """Raises a ValueError if a constant lies outside its range; schedules pass."""
     if not callable(value):
-        base.check_range(name, value, low, high)
+        checks.check_range(name, value, low, high)
 
 
 def rate_at(schedule: Schedule, step: jax.Array) -> jax.Array:
@@ -125,11 +125,10 @@ def track_gradients(
     [[0.5 1. ]
      [1.5 2. ]]
     """
-    base.check_num_tasks(num_tasks, required_by="track_gradients")
+    m = checks.require_num_tasks(num_tasks, "track_gradients")
     check_schedule("beta", beta, 0, 1)
-    base.check_choice("initial", initial, ("zeros", "first"))
+    checks.check_choice("initial", initial, ("zeros", "first"))
     bound = check_bound(max_norm, num_tasks)
-    m = num_tasks or 1
 
     def update(
         updates: Any,
@@ -142,10 +141,10 @@ def track_gradients(
         del extra
         if not jax.tree.leaves(updates) and params is not None:
             return updates, state
-        base.check_jacobian(updates, params, m)
+        checks.check_jacobian(updates, params, m)
         updates = base.widen(updates, params)
-        rows = base.remove_absent(updates, task_mask, m)
-        mask = jnp.ones((m,), bool) if task_mask is None else jnp.asarray(task_mask)
+        mask = checks.check_mask(task_mask, m)
+        rows = tasks.zero_absent_rows(updates, None if task_mask is None else mask)
         new = track(state, rows, beta, mask, initial=initial, max_norm=bound)
         ok = linalg.all_finite(new.tracked)
         result = jax.tree.map(
@@ -159,6 +158,6 @@ def track_gradients(
 def check_bound(max_norm: Any, num_tasks: int | None) -> jax.Array | None:
     """Returns the radius or radii of the balls as an array, or None."""
     if max_norm is None or jnp.ndim(max_norm):
-        return base.check_vector("max_norm", max_norm, num_tasks, sign="positive")
-    base.check_range("max_norm", max_norm, 0, closed="right")
+        return checks.check_vector("max_norm", max_norm, num_tasks, sign="positive")
+    checks.check_range("max_norm", max_norm, 0, closed="right")
     return jnp.asarray(max_norm)

@@ -1,1 +1,0 @@
-"""Rules that need the coordinates of the gradients."""

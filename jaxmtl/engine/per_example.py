@@ -1,0 +1,346 @@
+"""The instance-wise route: one objective per example, from one backward pass."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmtl import arguments, linalg
+from jaxmtl.engine import execute, factors
+from jaxmtl.engine.build import build
+from jaxmtl.engine.factors import Factor, Part
+from jaxmtl.engine.plan import Group, Plan, describe, make_plan
+from jaxmtl.engine.primitives import rule_of
+from jaxmtl.engine.program import DATA, Use
+from jaxmtl.engine.prune import prune
+from jaxmtl.engine.route import Options, Pull
+from jaxmtl.types import PyTree
+
+# Of one group: those of each leaf for "leaf rows", those of its value for "rows".
+Rows = dict[int, jax.Array]
+_OF_VALUE = -1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["leaves", "constants", "residuals", "cotangents", "own", "kept"],
+    meta_fields=["plan"],
+)
+@dataclasses.dataclass
+class Pass:
+    """What one forward and one backward pass leave behind.
+
+    An example with k losses counts as k examples here, which differ in their cotangents.
+
+    Attributes:
+      plan: Static.
+      leaves: The parameters that examples share.
+      constants: Inputs that all examples share.
+      residuals: Per use, its DATA operands, each ``(examples, *loops, *shape)``.
+      cotangents: Per use, those of its tapped outputs, likewise.
+      own: The gradients of the slices that examples own, ``(B, k, *shape)``.
+      kept: Rows of groups from which the weighted sum is taken, by position of the group.
+    """
+
+    plan: Plan
+    leaves: list[jax.Array]
+    constants: list[jax.Array]
+    residuals: list[tuple[jax.Array, ...]]
+    cotangents: list[list[jax.Array]]
+    own: list[jax.Array]
+    kept: dict[int, Rows]
+
+    def env(self) -> execute.Env:
+        """Returns the values that all examples share, as far as they are known."""
+        return execute.shared_env(self.plan.program, self.leaves, self.constants)
+
+    def rows(self) -> dict[int, Rows]:
+        """Returns the rows of all groups that are not structured, by position of the group."""
+        plan = self.plan
+        return {
+            i: self.group_rows(group)
+            for i, group in enumerate(plan.groups)
+            if group.method != "factors" and plan.counts(group)
+        }
+
+    def group_rows(self, group: Group) -> Rows:
+        """Returns the rows of a group that is not structured."""
+        env = self.env()
+        for use in group.uses:  # so that nothing is first computed inside a map
+            for v in use.ins:
+                if v.kind != DATA:
+                    execute.resolve(env, v)
+        totals: dict[Any, jax.Array] = {}
+        for use in group.uses:
+            for value, rows in zip(use.params, self._rows_of_use(env, use), strict=True):
+                totals[value] = totals[value] + rows if value in totals else rows
+        if group.method == "rows":
+            return {_OF_VALUE: totals[group.values[0]]}
+
+        def to_leaves(rows: list[jax.Array]) -> list[jax.Array]:
+            cotangents = dict(zip(totals, rows, strict=True))
+            grads = execute.pull_to_leaves(
+                self.plan.program, self.leaves, self.constants, cotangents
+            )
+            return [grads[leaf] for leaf in group.leaves]
+
+        found = jax.vmap(to_leaves)(list(totals.values()))
+        return dict(zip(group.leaves, found, strict=True))
+
+    def _rows_of_use(self, env: execute.Env, use: Use) -> list[jax.Array]:
+        """Returns per-example cotangents of the PARAM operands, ``(examples, *shape)`` each."""
+        residual, cotangents = self.residuals[use.index], self.cotangents[use.index]
+        rule = rule_of(use)
+        if use.probed:
+            return execute.probed_rows(use, cotangents)
+        if rule.gradients is not None and rule.has_gradients(use):
+            return [rule.gradients(use, residual[0], cotangents[0], summed=False)]
+        return jax.vmap(lambda r, c: execute.pull(use, env, r, c))(residual, cotangents)
+
+    def weighted_use(self, env: execute.Env, use: Use, weights: jax.Array) -> list[jax.Array]:
+        """Returns the weighted sums over examples of the cotangents of the PARAM operands."""
+        residual = self.residuals[use.index]
+        if use.probed:
+            rows = execute.probed_rows(use, self.cotangents[use.index])
+            return [
+                linalg.sum_of_rows(weights, x, linalg.accumulation_dtype(x)).astype(x.dtype)
+                for x in rows
+            ]
+        cotangents = linalg.times_rows(weights, self.cotangents[use.index])
+        rule = rule_of(use)
+        if rule.gradients is not None and rule.has_gradients(use):
+            return [rule.gradients(use, residual[0], cotangents[0], summed=True)]
+        return execute.pull(use, env, residual, cotangents, over_examples=True)
+
+    def factors(
+        self, part: Part, scaled: Callable[[jax.Array], jax.Array]
+    ) -> tuple[Factor, Factor]:
+        """Returns X and Y of one part of a structured group, Y in another scale."""
+        use = part.use
+        x, y = self.residuals[use.index][0], self.cotangents[use.index][0]
+        return part.arrange(rule_of(use).left(use, x, part.factors), scaled(y))
+
+
+def _structured(
+    a: Pass, b: Pass, position: int, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    # Two passes have two programs of equal structure.
+    group, parts = a.plan.groups[position], b.plan.groups[position].parts
+    left = [a.factors(part, scaled) for part in group.parts]
+    right = left if a is b else [b.factors(part, scaled) for part in parts]
+    total = jnp.zeros((), dtype)
+    for (i, j), pairing in group.pairings.items():
+        block = factors.inner_products(left[i], right[j], pairing, dtype)
+        if i != j:
+            other = (
+                factors.inner_products(left[j], right[i], pairing, dtype) if a is not b else block.T
+            )
+            block = block + other
+        total = total + block
+    return total
+
+
+def _own_products(x: jax.Array, y: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns inner products of gradients (B k, *s) and (B l, *s) of slices that B = n own."""
+    x, y = (z.reshape(n, -1, *z.shape[1:]) for z in (x, y))
+    axes = range(2, x.ndim)
+    blocks = factors.product(x, y, (axes, axes), ((0,), (0,)), dtype)
+    same = jnp.eye(n, dtype=bool)[:, None, :, None]
+    return jnp.where(same, blocks[:, :, None, :], 0).reshape(n * x.shape[1], n * y.shape[1])
+
+
+def _forward_backward(
+    fun: Callable[..., tuple[jax.Array, Any]],
+    leaves: list[jax.Array],
+    own: list[jax.Array],
+    mapped: list[jax.Array],
+    in_gramian: Sequence[bool],
+) -> tuple[jax.Array, Any, Pass]:
+    """Evaluates all examples and pulls their losses back to the outputs of all uses.
+
+    Args:
+      fun: ``(leaves, own, mapped) -> (losses, aux)`` of one example, with flat lists.
+      leaves: The parameters that examples share.
+      own: Parameters of which each example has a slice, stacked.
+      mapped: The other inputs, stacked.
+      in_gramian: For each leaf, whether it is part of the Gramian.
+
+    Returns:
+      The ``(m,)`` losses, aux with a leading axis of examples, and the `Pass`.
+    """
+    # What is static about a traced example leaves the map through this list: a jaxpr is no output
+    # of a mapped function, and outside the map there is no example to trace it with.
+    traced: list[Any] = []
+
+    def one_example(own: list[jax.Array], mapped: list[jax.Array]) -> Any:
+        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(leaves, own, mapped)
+        program = prune(build(closed, len(leaves)))
+        traced.extend([program, closed.consts, shapes])
+        env = execute.shared_env(program, leaves, list(map(jnp.asarray, closed.consts)))
+        taps = [
+            [jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding) for s in tap]
+            for tap in execute.tap_shapes(program)
+        ]
+
+        def losses(taps: list[list[jax.Array]], own: list[jax.Array]) -> Any:
+            outs, residuals = execute.run(program, env, [*own, *mapped], taps)
+            return outs[0], (outs[1:], residuals)
+
+        value, pullback, (aux, residuals) = jax.vjp(losses, taps, own, has_aux=True)
+        if not value.shape:
+            return value, aux, residuals, *pullback(jnp.ones_like(value))
+        value, units = value.reshape(-1), linalg.units(value.reshape(-1))
+        of_units = jax.vmap(pullback)(units.reshape(-1, *shapes[0].shape))
+        residuals = jax.tree.map(lambda x: jnp.broadcast_to(x, (*value.shape, *x.shape)), residuals)
+        return value, aux, residuals, *of_units
+
+    losses, aux, residuals, cotangents, of_own = jax.vmap(one_example)(own, mapped)
+    program, constants, (loss_shape, aux_shapes) = traced
+    if loss_shape.shape:
+        losses, residuals, cotangents = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (losses, residuals, cotangents)
+        )
+    else:
+        of_own = [x[:, None] for x in of_own]
+    plan = make_plan(program, in_gramian, losses.shape[0])
+    done = Pass(plan, leaves, list(map(jnp.asarray, constants)), residuals, cotangents, of_own, {})
+    return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
+
+
+class PerExample:
+    """One objective, or several, per example; see `Route`."""
+
+    features: Any = None
+
+    def __init__(
+        self,
+        options: Options,
+        params: PyTree,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        needs_gramian: bool = True,
+    ) -> None:
+        leaves, treedef = arguments.parameters(params)
+        shared = arguments.shared_leaves(options.shared, params)
+        examples = arguments.match(options.in_axes, params, args)
+        common, own = examples.split(leaves)
+        in_gramian, self._own_in_gramian = examples.split(shared)
+
+        def one_example(
+            common: list[jax.Array], own: list[jax.Array], mapped: list[jax.Array]
+        ) -> tuple[jax.Array, Any]:
+            params = jax.tree.unflatten(treedef, examples.join(common, own))
+            losses, aux = options.call(params, *examples.arguments(mapped), **kwargs)
+            arguments.check_example_losses(losses.shape)
+            return losses, aux
+
+        self.losses, self.aux, self._pass = _forward_backward(
+            one_example, common, own, examples.mapped, in_gramian
+        )
+        self._rows = functools.cache(self._pass.rows)
+        self._params, self._examples = params, examples
+        groups = self._pass.plan.groups
+        if needs_gramian and any(group.keep for group in groups):
+            kept = {i: rows for i, rows in self._rows().items() if groups[i].keep}
+            self._pass.kept = kept
+        pull = Pull(treedef, shared, functools.partial(_pull, examples.own))
+        self.pullback = jax.tree_util.Partial(pull, self._pass)
+
+    def gramian(self) -> jax.Array:
+        """Returns the ``(m, m)`` Gramian, symmetric to the last bit."""
+        return linalg.symmetric(self.cross(self))
+
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
+        done = self._pass
+        dtype = linalg.accumulation_dtype(done.leaves, done.own)
+        used = [done.cotangents[use.index] for group in done.plan.groups for use in group.uses]
+        m = self.losses.shape[0]
+        own = [x.reshape(m, *x.shape[2:]) for x in done.own]
+        nonzero, exponent = linalg.row_exponents([used, self._rows(), own], m, dtype)
+        return linalg.in_one_scale(
+            linalg.symmetric(self._products(self, -exponent)), nonzero, exponent
+        )
+
+    def cross(self, other: "PerExample") -> jax.Array:
+        """Returns the inner products with the gradients of another batch."""
+        return self._products(other)
+
+    def _products(self, other: "PerExample", exponent: jax.Array | None = None) -> jax.Array:
+        """Returns the inner products; with ``exponent`` of the rows times two to its power."""
+        a, b = self._pass, other._pass
+        dtype = linalg.accumulation_dtype(a.leaves, a.own)
+
+        def scaled(rows: jax.Array) -> jax.Array:
+            return rows if exponent is None else linalg.scale_rows(rows, exponent, dtype)
+
+        total = jnp.zeros((self.losses.shape[0], other.losses.shape[0]), dtype)
+        for i, group in enumerate(a.plan.groups):
+            if not a.plan.counts(group):
+                continue
+            if group.method == "factors":
+                total = total + _structured(a, b, i, dtype, scaled)
+                continue
+            for leaf, rows in self._rows()[i].items():
+                if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
+                    others = other._rows()[i][leaf]
+                    total = total + linalg.row_products(scaled(rows), scaled(others), dtype)
+        for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
+            if counts:
+                x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
+                total = total + _own_products(scaled(x), scaled(y), len(a.own[0]), dtype)
+        return total
+
+    def explain(self) -> str:
+        """Tells for every parameter which path it takes, and why."""
+        found = jax.tree_util.tree_leaves_with_path(self._params)
+        names = [jax.tree_util.keystr(path) or "params" for path, _ in found]
+        return describe(self._pass.plan, names, [leaf for _, leaf in found], self._examples.own)
+
+
+def _pull(
+    own: tuple[bool, ...], done: Pass, weights: jax.Array, wanted: Sequence[bool]
+) -> list[jax.Array]:
+    """Returns ``J^T w`` for the wanted leaves; what other leaves get is undefined."""
+    env = done.env()
+    dtype = linalg.accumulation_dtype(done.leaves)
+    common = [flag for flag, is_own in zip(wanted, own, strict=True) if not is_own]
+    cotangents: dict[Any, jax.Array] = {}
+    from_rows: dict[int, jax.Array] = {}
+
+    def add(total: dict[Any, jax.Array], key: Any, x: jax.Array) -> None:
+        total[key] = total[key] + x if key in total else x
+
+    for i, group in enumerate(done.plan.groups):
+        if not any(common[leaf] for leaf in group.leaves):
+            continue
+        kept = done.kept.get(i)
+        if kept is None and group.bent:
+            kept = done.group_rows(group)
+        if kept is None:
+            for use in group.uses:
+                found = done.weighted_use(env, use, weights)
+                for value, cotangent in zip(use.params, found, strict=True):
+                    add(cotangents, value, cotangent)
+            continue
+        for leaf, rows in kept.items():
+            total = linalg.sum_of_rows(weights, rows, dtype)
+            if leaf == _OF_VALUE:
+                add(cotangents, group.values[0], total.astype(group.values[0].aval.dtype))
+            else:  # Groups of disjoint slices of one leaf each have rows of the whole leaf.
+                add(from_rows, leaf, total)
+    grads = execute.pull_to_leaves(done.plan.program, done.leaves, done.constants, cotangents)
+    for leaf, grad in from_rows.items():
+        grads[leaf] = grads[leaf] + grad.astype(grads[leaf].dtype)
+    sides = iter(grads), iter([_weighted_slices(weights, x) for x in done.own])
+    return [next(sides[is_own]) for is_own in own]
+
+
+def _weighted_slices(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the weighted gradients (B, *s) of slices that examples own, from (B, k, *s)."""
+    dtype = linalg.accumulation_dtype(rows)
+    shaped = weights.astype(dtype).reshape(*rows.shape[:2], *(1,) * (rows.ndim - 2))
+    return jnp.sum(shaped * rows.astype(dtype), axis=1).astype(rows.dtype)
