@@ -409,3 +409,120 @@ def test_pcgrad_rows_add_up_to_its_weights(x64):
         np.testing.assert_allclose(rows[i] @ ROWS, v, atol=1e-12)
     mask = jnp.array([True, True, False, True])
     assert not np.any(jaxmtl.metrics.pcgrad_coefficients(gramian, jax.random.key(0), mask)[2])
+
+
+# --- M-ConFIG and GradDrop on activations -------------------------------------------------------
+
+
+def plain_config(rows):
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    x = np.linalg.pinv(units) @ np.ones(len(rows))
+    x /= np.linalg.norm(x)
+    return (rows @ x).sum() * x
+
+
+@pytest.mark.parametrize("beta2", [0.99, None])
+def test_momentum_of_config_takes_one_task_a_step(beta2, x64):
+    """Liu et al. 2024, algorithm 1, written out; rows of absent tasks are not read."""
+    rule = jaxmtl.config(beta1=0.8, beta2=beta2, num_tasks=3)
+    params, state = jnp.zeros(5), rule.init(jnp.zeros(5))
+    step, rng = jax.jit(rule.update), np.random.default_rng(0)
+    means, times, t = np.zeros((3, 5)), np.zeros(3), 0
+    first, second = np.zeros(5), np.zeros(5)
+    for k in range(8):
+        rows = np.full((3, 5), np.nan)
+        task, rows[k % 3] = k % 3, rng.standard_normal(5)
+        means[task] = 0.8 * means[task] + 0.2 * rows[task]
+        times[task] += 1
+        expected = np.zeros(5)
+        if np.all(times):
+            t += 1
+            expected = plain_config(means / (1 - 0.8**times)[:, None])
+            if beta2 is not None:
+                moment = expected * (1 - 0.8**t)
+                pseudo = (moment - 0.8 * first) / 0.2
+                first, second = moment, 0.99 * second + 0.01 * pseudo**2
+                expected = expected / (np.sqrt(second / (1 - 0.99**t)) + 1e-8)
+        update, state = step(jnp.asarray(rows), state, params, task_mask=jnp.arange(3) == task)
+        np.testing.assert_allclose(update, expected, rtol=1e-9, atol=1e-12)
+    assert int(state.mtl_skipped) == 0
+    with pytest.raises(ValueError, match="num_tasks"):
+        jaxmtl.config(beta1=0.9)
+    with pytest.raises(ValueError, match="beta1"):
+        jaxmtl.config(beta1=1.0, num_tasks=3)
+
+
+def test_graddrop_on_activations(x64):
+    """Signs of sgn(z) g summed over the batch decide, once per channel, for all examples."""
+    rng = np.random.default_rng(0)
+    z, rows = rng.standard_normal((6, 3)), rng.standard_normal((4, 6, 3))
+    leak = np.array([0.0, 0.5, 0.0, 1.0])
+    rule = jaxmtl.graddrop(activations=True, leak=leak)
+    update = jax.jit(rule.update)
+    signed = (rows * np.sign(z)).sum(1)
+    keep_positive, keep_negative = (
+        (leak[:, None] + (1 - leak[:, None]) * kept)[:, None] * rows
+        for kept in (signed > 0, signed < 0)
+    )
+    chance = (1 + signed.sum(0) / np.abs(signed).sum(0)) / 2
+    drawn = []
+    for seed in range(200):
+        found, _ = update(
+            jnp.asarray(rows),
+            rule.init(jnp.asarray(z)),
+            jnp.asarray(z),
+            features=jnp.asarray(z),
+            key=jax.random.key(seed),
+        )
+        positive = np.all(np.isclose(found, keep_positive.sum(0)), axis=0)
+        negative = np.all(np.isclose(found, keep_negative.sum(0)), axis=0)
+        assert np.all(positive | negative)
+        drawn.append(positive)
+    np.testing.assert_allclose(np.mean(drawn, axis=0), chance, atol=0.12)
+    with pytest.raises(ValueError, match="features"):
+        rule.update(jnp.asarray(rows), rule.init(z), jnp.asarray(z))
+    with pytest.raises(ValueError, match="shapes"):
+        rule.update(jnp.asarray(rows), rule.init(z), jnp.asarray(z), features=jnp.zeros(3))
+
+
+@pytest.mark.parametrize("shared", [None, {"encoder": True, "heads": False}])
+def test_coordinate_rules_act_on_the_rows_at_the_features(shared, x64):
+    """The update at z goes back through the encoder; heads descend the sum of the losses."""
+    rng = np.random.default_rng(0)
+    params = {
+        "encoder": jnp.asarray(rng.standard_normal((3, 4))),
+        "heads": jnp.asarray(rng.standard_normal((2, 4))),
+    }
+    x = jnp.asarray(rng.standard_normal((5, 3)))
+
+    def encode(params, x):
+        return jnp.tanh(x @ params["encoder"])
+
+    def losses_fn(params, z, x):
+        del x
+        return jnp.mean((z @ params["heads"].T - 1) ** 2, axis=0)
+
+    def split(params):
+        z, pull = jax.vjp(lambda p: encode(p, x), params)
+        rows = jax.jacrev(lambda z: losses_fn(params, z, x))(z)
+        return z, pull, rows, jax.grad(lambda p: jnp.sum(losses_fn(p, z, x)))(params)
+
+    z, pull, rows, direct = split(params)
+    key = jax.random.key(1)
+    for rule, inputs in (
+        (jaxmtl.graddrop(activations=True), {"key": key}),
+        (jaxmtl.trimmed_mean(0), {}),
+    ):
+        step = jax.jit(jaxmtl.value_and_grad(losses_fn, rule, encoder=encode, shared=shared))
+        (losses, state), grads = step(params, rule.init(z), x, **inputs)
+        np.testing.assert_allclose(losses, losses_fn(params, z, x))
+        given = {"features": z} if inputs else {}
+        update, _ = rule.update(rows, rule.init(z), z, **given, **inputs)
+        expected = jax.tree.map(jnp.add, pull(update)[0], direct)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), grads, expected)
+        bad = {**params, "heads": params["heads"].at[0, 0].set(jnp.nan)}
+        (_, state), grads = step(bad, state, x, **inputs)
+        assert int(state.mtl_skipped) == 1
+        assert not any(np.any(g) for g in jax.tree.leaves(grads))
+    with pytest.raises(ValueError, match="weighting"):
+        jaxmtl.value_and_grad(losses_fn, jaxmtl.trimmed_mean(1))
