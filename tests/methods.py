@@ -71,6 +71,9 @@ METHODS = (
     Method("pcd", degree=None, stateful=True, solver=True, equivariant=False),
     Method("gradvac", stateful=True),
     Method("cagrad", solver=True),
+    Method("conic_grad", solver=True),
+    Method("dcgd"),
+    Method("dibs_mtl", degree=0.0),
     Method("imtl_g"),
     Method("nash_mtl", degree=0.0, solver=True),
     Method("fairgrad", {"alpha": 2.0}, degree=-1 / 3, solver=True),
@@ -79,6 +82,7 @@ METHODS = (
     Method("krum", min_tasks=5),  # at m = f + 3 the nearest two always tie
     Method("graddrop"),
     Method("trimmed_mean", min_tasks=3),
+    Method("bloop", stateful=True, equivariant=False),
     Method("sdmgrad", degree=None, stateful=True),
     Method("modo", degree=None, stateful=True),
     Method("moco", {"initial": "first"}, degree=None, stateful=True),
