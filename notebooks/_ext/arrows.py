@@ -103,6 +103,7 @@ def picture(
     title = "; ".join(text for _, text in panels if text) or "the update beside the gradients"
     return (
         '<svg class="mtl" xmlns="http://www.w3.org/2000/svg" '
-        f'viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img"{color}><title>{title}</title>'
+        f'viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img"{color}>'
+        f"<title>{title}</title>"
         f"{f'<style>{STYLE}</style>' if card else ''}{background}{''.join(parts)}</svg>\n"
     )
