@@ -14,10 +14,13 @@ from jaxmtl.engine.program import Program, Use, Value
 from jaxmtl.engine.views import Views
 
 # Moving one number to or from memory costs about as much as this many operations on it.
-_MEMORY_COST = 16
+_MEMORY_COST = 6
 # Rows are kept for the weighted sum if they take at most this many times the memory of what they
-# are made of; beyond it they are dropped and the weighted sum is taken afresh.
+# are made of; beyond it they are dropped and the weighted sum is taken afresh. More where this
+# saves much: from rows the sum takes one operation on an entry, afresh one at every position.
 _KEEP_ROWS = 4
+_KEEP_ROWS_OF_MANY = 16
+_MANY_POSITIONS = 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -155,12 +158,17 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
     if len(known) < len(pairings):
         group.reason = f"uses of different shape, by {names}"
         return
+    most = max(part.num_positions() for part in parts)
+    group.keep |= most >= _MANY_POSITIONS and leaf_size <= _KEEP_ROWS_OF_MANY * sources
     by_factors, by_rows = _costs(group, parts, known, n, leaf_size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
     else:
         group.reason = f"{names} at so many positions that one row per example is cheaper"
+        known_rows = [rule_of(use).reason for use in group.uses if rule_of(use).has_gradients(use)]
+        if len(known_rows) == len(group.uses) == 1:
+            group.reason = known_rows[0]
 
 
 def _parts_of(use: Use, views: Views, alone: bool) -> list[Part] | None:
@@ -176,7 +184,7 @@ def _costs(
     n: int,
     leaf_size: int,
 ) -> tuple[float, float]:
-    """Returns the costs of "factors" and of rows, in operations."""
+    """Returns the costs of "factors" and of rows beside a weighted sum, in operations."""
 
     def size(part: Part, axes: Sequence[int]) -> int:
         return math.prod(part.value.shape[a] for a in axes)
@@ -196,9 +204,11 @@ def _costs(
         value_size = math.prod(use.params[0].shape)
         if rule_of(use).writes_rows:
             by_rows += _MEMORY_COST * n * value_size
-        else:
-            t = next(part.num_positions() for part in parts if part.use is use)
-            by_rows += 2.0 * n * t * value_size
+            continue
+        t = next(part.num_positions() for part in parts if part.use is use)
+        by_rows += 2.0 * n * t * value_size
+        if group.keep:  # The weighted sum is then one of rows, and need not be taken afresh.
+            by_rows -= 2.0 * n * (t - 1) * value_size
     return by_factors, by_rows
 
 
