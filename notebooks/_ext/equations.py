@@ -40,6 +40,7 @@ EQUATIONS = {
     "gradvac": r"g_i \leftarrow g_i + \frac{\lVert g_i\rVert \big(\varphi_{ij} \sqrt{1 - c_{ij}^2} - c_{ij} "
     r"\sqrt{1 - \varphi_{ij}^2}\big)}{\lVert g_j\rVert \sqrt{1 - \varphi_{ij}^2}}\, g_j \quad "
     r"\text{where } c_{ij} < \varphi_{ij}",
+    "hypervolume_scalarization": r"\ell = -\Big(\min_i \frac{b_i - \ell_i}{u_i}\Big)^m, \qquad u = \frac{p}{\lVert p\rVert}",
     "imtl": r"w \text{ from imtl_g on the shared part, on losses scaled by } e^{s_i} \text{ as in imtl_l}".replace(
         "_", r"\_"
     ),

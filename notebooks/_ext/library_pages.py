@@ -56,11 +56,12 @@ def family(method: jaxmtl.registry.Method) -> str:
     return "losses" if needs else "fixed"
 
 
+_OF_ROUTE = "(1 + 2m)/3 gradients with the Jacobian, about 1 + 1.25 m without; one with `encoder=`"
 PRICES = {
     "fixed": "one gradient, whatever m is",
     "losses": "one gradient, whatever m is",
-    "gramian": "(1 + 2m)/3 gradients with the Jacobian, about 1 + 1.25 m without; one with `encoder=`",
-    "both": "(1 + 2m)/3 gradients with the Jacobian, about 1 + 1.25 m without; one with `encoder=`",
+    "gramian": _OF_ROUTE,
+    "both": _OF_ROUTE,
     "coordinates": "(1 + 2m)/3 gradients, and the memory of m of them",
     "batches": "the Jacobians or Gramians of two or three batches",
     "combinators": "that of the rule inside",
@@ -68,12 +69,8 @@ PRICES = {
 
 
 def make_method(name: str, num_tasks: int) -> jaxmtl.Aggregator:
-    """Returns a method with its defaults; a combinator of MGDA."""
-    needed = {
-        key: {"aggregator": jaxmtl.mgda(), "k": 2}[key]
-        for key, default in jaxmtl.methods()[name].hyperparameters.items()
-        if default is inspect.Parameter.empty
-    }
+    """Returns a method with its defaults, and the library's own example where there are none."""
+    needed = jaxmtl.registry._ENTRIES[name].example()
     # Three gradients, of which none is Byzantine: the rule needs m >= f + 3.
     needed |= {"num_byzantine": 0} if name == "krum" else {}
     return jaxmtl.make(name, num_tasks=num_tasks, **needed)
