@@ -3,7 +3,16 @@
 from jaxmtl import fronts, metrics, solvers
 from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
-from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from jaxmtl.engine import (
+    GradientNoise,
+    clipped_sum,
+    cross_gramian,
+    explain,
+    gradient_noise,
+    per_example_norms,
+    value_and_grad,
+    value_and_gramian,
+)
 from jaxmtl.gauss_newton import gauss_newton
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
@@ -47,12 +56,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
+    "GradientNoise",
     "Weighting",
     "aligned_mtl",
     "apply_updates",
     "cagrad",
     "check",
     "clip_rows",
+    "clipped_sum",
     "combine",
     "config",
     "cr_mogm",
@@ -74,6 +85,7 @@ __all__ = [
     "gls",
     "go4align",
     "graddrop",
+    "gradient_noise",
     "gradnorm",
     "gradvac",
     "gramian",
@@ -94,6 +106,7 @@ __all__ = [
     "multi_steps",
     "nash_mtl",
     "pcgrad",
+    "per_example_norms",
     "rgw",
     "rlw",
     "scale_invariant",

@@ -347,7 +347,8 @@ def train(
         if hasattr(made, "update"):
             init, update = _with_jacobian(losses_fn, made, extra)
         else:
-            init, update = _without_jacobian(losses_fn, *made, extra)
+            aggregator, inner = made
+            init, update = _without_jacobian(losses_fn, aggregator, inner, extra)
 
         def advance(carry: PyTree, batch: PyTree) -> tuple[PyTree, jax.Array]:
             params, state = carry

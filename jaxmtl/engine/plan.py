@@ -72,14 +72,19 @@ def _part_of(use: Use, views: Views, alone: bool) -> Part | None:
     return Part(use, found, names)
 
 
-def make_plan(program: Program, in_gramian: Sequence[bool], num_examples: int) -> Plan:
-    """Groups the uses of a program and chooses a method for each group."""
+def make_plan(
+    program: Program, in_gramian: Sequence[bool], num_examples: int, diagonal: bool = False
+) -> Plan:
+    """Groups the uses of a program and chooses a method for each group.
+
+    With ``diagonal`` the methods are chosen for the norms of the gradients alone.
+    """
     views = Views()
     groups = _group(program, views)
     for group in groups:
         counted = {in_gramian[leaf] for leaf in group.leaves}
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
-        _choose(group, views, num_examples, leaf_size, mixed=len(counted) > 1)
+        _choose(group, views, (num_examples, diagonal), leaf_size, mixed=len(counted) > 1)
         if counted == {False}:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
@@ -117,7 +122,9 @@ def _group(program: Program, views: Views) -> list[Group]:
     ]
 
 
-def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> None:
+def _choose(
+    group: Group, views: Views, size: tuple[int, bool], leaf_size: int, mixed: bool
+) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
     names = ", ".join(dict.fromkeys(use.name for use in group.uses))
@@ -153,7 +160,7 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
             unknown = ", ".join(dict.fromkeys(use.name for use in missing))
             group.reason = f"no structured rule for {unknown}"
         return
-    by_factors, by_rows = _costs(group, parts, n)
+    by_factors, by_rows = _costs(group, parts, *size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
@@ -161,8 +168,9 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
         group.reason = f"{names} at so many positions that one row per example is cheaper"
 
 
-def _costs(group: Group, parts: Sequence[Part], n: int) -> tuple[float, float]:
+def _costs(group: Group, parts: Sequence[Part], n: int, diagonal: bool) -> tuple[float, float]:
     """Returns the costs of "factors" and of rows, in operations."""
+    products = n if diagonal else n * n
     positions = []
     for part in parts:
         num_shared = math.prod(part.shape[a] for a, *_ in part.factors.shared)
@@ -171,10 +179,10 @@ def _costs(group: Group, parts: Sequence[Part], n: int) -> tuple[float, float]:
     by_factors = 0.0
     for i, (t, num_shared, width) in enumerate(positions):
         for s, _, _ in positions[: i + 1]:
-            pairs = n * n * t * s * num_shared * (1 if s == t else 2)
+            pairs = products * t * s * num_shared * (1 if s == t else 2)
             by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
     size = math.prod(group.values[0].shape)
-    by_rows = 2.0 * n * n * size + _MEMORY_COST * 2 * n * size
+    by_rows = 2.0 * products * size + _MEMORY_COST * 2 * n * size
     for part, (t, _, _) in zip(parts, positions, strict=True):
         if rule_of(part.use).writes_rows:
             by_rows += _MEMORY_COST * n * size
