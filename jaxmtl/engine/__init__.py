@@ -5,9 +5,20 @@ a jaxpr, ``execute`` runs the program and pulls cotangents back, ``views`` and `
 inner products need no gradient, ``primitives`` holds what is known of each family of primitives,
 ``plan`` chooses among the paths, ``per_example`` puts it together for one loss per example.
 ``per_task`` is the route for m losses over one batch, ``encoder`` that through a representation;
-``route`` says what the three have in common, ``routes`` chooses, ``api`` is what users see.
+``route`` says what the three have in common, ``routes`` chooses, ``api`` is what users see, and
+``norms`` what they see of the Gramian's diagonal.
 """
 
 from jaxmtl.engine.api import cross_gramian, explain, value_and_grad, value_and_gramian
+from jaxmtl.engine.norms import GradientNoise, clipped_sum, gradient_noise, per_example_norms
 
-__all__ = ["cross_gramian", "explain", "value_and_grad", "value_and_gramian"]
+__all__ = [
+    "GradientNoise",
+    "clipped_sum",
+    "cross_gramian",
+    "explain",
+    "gradient_noise",
+    "per_example_norms",
+    "value_and_grad",
+    "value_and_gramian",
+]
