@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmtl.checks import check_int
 from jaxmtl.names import Aux, stack_losses
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 def check_callable(fun: Any, what: str) -> None:
@@ -21,13 +21,8 @@ def check_callable(fun: Any, what: str) -> None:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raises a ValueError unless ``chunk_size`` is a positive int or None."""
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(
-            f"expected chunk_size to be an int of at least 1 or None, got {chunk_size!r}; it is "
-            "the number of gradients that exist at a time"
-        )
+    if chunk_size is not None:
+        check_int("chunk_size", chunk_size, fix="it is how many gradients exist at a time")
 
 
 def parameters(params: PyTree) -> tuple[list[jax.Array], Any]:

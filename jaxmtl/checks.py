@@ -249,6 +249,27 @@ def check_mask(task_mask: Any, m: int) -> jax.Array:
     return mask
 
 
+def check_shapes_stay(before: PyTree, after: PyTree) -> None:
+    """Raises a ValueError if an optimizer's state changed its structure or shapes in a step."""
+    fix = (
+        "put the aggregator first in the chain: a transformation before it, such as Adam, sees m "
+        "rows in place of one gradient (track_gradients and clip_rows are made for that place)"
+    )
+    same: Any = jax.tree.structure(before)
+    got: Any = jax.tree.structure(after)
+    if got != same:
+        raise ValueError(
+            f"expected the optimizer's state to keep its structure, {same}, got {got}; {fix}"
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    for (path, old), new in pairs:
+        if jnp.shape(old) != jnp.shape(new):
+            raise ValueError(
+                f"expected the optimizer's state to keep its shapes, {jnp.shape(old)} at "
+                f"{jax.tree_util.keystr(path)}, got {jnp.shape(new)} after a step; {fix}"
+            )
+
+
 def check_state(rule: Rule | None, state: Any) -> None:
     """Raises a ValueError unless ``state`` is one of an aggregator with this rule."""
     if rule is None:  # a weighting from elsewhere, with a state of its own
@@ -293,7 +314,8 @@ def check_updates(params: PyTree, updates: PyTree) -> None:
                 f"expected an update of shape {jnp.shape(param)} at {name}, got "
                 f"{jnp.shape(update)}; put an aggregator, such as jaxmtl.upgrad(), first in the "
                 "chain, so that the task axis is gone, and give every leaf one: optax.masked "
-                "passes the rows of the leaves that it leaves out on, optax.partition does not"
+                "passes the rows of the leaves that it leaves out on, optax.partition does not; a "
+                "group of partition that does not train takes jaxmtl.frozen(), not set_to_zero"
             )
 
 

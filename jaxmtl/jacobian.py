@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, keywords, linalg, separate
-
-PyTree = Any
-Losses = separate.Losses
+from jaxmtl.separate import Losses
+from jaxmtl.types import PyTree
 
 
 def value_and_jacobian(

@@ -66,6 +66,8 @@ class Rule(NamedTuple):
       preference: (m,) the preference given at construction, or None.
       residual: Whether a solver ran, so that there is a residual to log.
       keeps_state: False for fixed weights, whose state is the empty state of optax.
+      finish: ``finish(weights, inputs) -> weights``: what is done with the weights at every step,
+        those that `every_k` keeps included; None for nothing.
       name: What errors call it.
       head_weights: ``head_weights(state, task_mask) -> (m,)``: the weights, before the step, of
         the parameters that ``shared=`` leaves out; None for the default of `value_and_grad`.
@@ -81,6 +83,7 @@ class Rule(NamedTuple):
     preference: jax.Array | None = None
     residual: bool = False
     keeps_state: bool = True
+    finish: Callable[[jax.Array, Mapping[str, Any]], jax.Array] | None = None
     name: str = "this method"
     head_weights: Ask | None = None
     lower_objective: Ask | None = None

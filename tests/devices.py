@@ -495,8 +495,9 @@ def job_traces(name, mode, _):
     return found
 
 
-# What the README plans with, per device and step, in numbers of the accumulation dtype: a ring
-# all-reduce sends 2 (d - 1) / d of its operand, a reduce-scatter or an all-gather half of that.
+# What the guide to devices plans with, per device and step, in numbers of the accumulation dtype:
+# a ring all-reduce sends 2 (d - 1) / d of its operand, a reduce-scatter or an all-gather half of
+# that.
 ROUTES = ("Jacobian", "no Jacobian")
 PLACES = ("replicated", "sharded")
 
@@ -530,7 +531,7 @@ def gigabytes(numbers):
 
 
 def table():
-    """Returns the README's plan in Markdown: gigabytes per device, on 8 / 64 / 512 devices."""
+    """Returns the guide's plan in Markdown: gigabytes per device, on 8 / 64 / 512 devices."""
     head = "| n | m | route | sent, replicated | held, replicated | sent, sharded | held, sharded |"
     lines, devices = [head, "|---|---|---|---|---|---|---|"], (8, 64, 512)
     sizes = [(10**8, 8), (10**9, 2), (10**9, 8), (10**9, 40), (10**10, 8)]  # all linear in n
@@ -583,10 +584,9 @@ def job_plan(place, route, size):
 
 
 def job_readme(*_):
-    """Runs the listing of the README's section on devices, and its step on one device."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    section = text.split("\n## Many devices\n")[1].split("\n## ")[0]
-    listings = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    """Runs the listing of the guide to devices, and its step on one device."""
+    text = (Path(__file__).parents[1] / "notebooks" / "guide" / "devices.md").read_text()
+    listings = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     with jax.enable_x64(False):
         scope = {}
         for listing in listings:

@@ -179,16 +179,16 @@ def large_rows(collectives):
     return {kind: n for kind, n in collectives.items() if int(kind.split(":")[1]) > 64}
 
 
-def test_readme_listing_runs_and_its_table_is_the_plan():
-    assert devices.table() in (ROOT / "README.md").read_text()
+def test_listing_of_the_guide_runs_and_its_table_is_the_plan():
+    assert devices.table() in (ROOT / "notebooks" / "guide" / "devices.md").read_text()
     result = quick()["readme:::"]
     assert result["listings"] == 1
     assert result["held"] == [2, 3]
     assert result["difference"] < 1e-5
 
 
-def test_lookups_of_split_batches_as_the_readme_says():
-    """A limit of JAX's: when this fails, the README's sentence can go."""
+def test_lookups_of_split_batches_as_the_guide_says():
+    """A limit of JAX's: when this fails, the guide's sentence can go."""
     result = quick()["lookup:::"]
     assert (result["plain"], result["told"], result["one_hot"]) == (False, False, True)
     same = np.arange(16)[:, None] % 7 == np.arange(16) % 7

@@ -16,20 +16,21 @@ from sklearn.metrics import roc_auc_score  # noqa: E402
 from sklearn.utils import Bunch  # noqa: E402
 
 import jaxmtl  # noqa: E402
-from experiments import tabular  # noqa: E402
-from experiments._runs import VERDICTS  # noqa: E402
-from experiments.data import tables  # noqa: E402
-from experiments.models.tabular_networks import MixtureOfExperts, SharedBottom  # noqa: E402
-from experiments.tabular_report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
-from experiments.tabular_rules import (  # noqa: E402
-    EXTRAS,
-    RULES,
+from experiments.claims import VERDICTS  # noqa: E402
+from experiments.tabular import __main__ as tabular  # noqa: E402
+from experiments.tabular import data as tables  # noqa: E402
+from experiments.tabular.methods import (  # noqa: E402
+    INPUTS,
+    METHODS,
     Batches,
     cross_gramian,
     make_direction,
     swept_weights,
 )
-from tests.methods import METHODS  # noqa: E402
+from experiments.tabular.networks import MixtureOfExperts, SharedBottom  # noqa: E402
+from experiments.tabular.report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
+from experiments.tabular.train import area_under_curve, draw_order  # noqa: E402
+from tests import methods as conformance  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("tabular")
 
@@ -44,15 +45,15 @@ def smoke(tmp_path_factory):
     """The folder of a smoke run."""
     out = tmp_path_factory.mktemp("tabular")
     start = ["--smoke", "--out", str(out), "--datasets"]
-    tabular.main([*start, "yeast", "--methods", *YEAST])
-    tabular.main([*start, "census", "--methods", *CENSUS, "--models", "shared_bottom"])
+    tabular.study.main([*start, "yeast", "--methods", *YEAST])
+    tabular.study.main([*start, "census", "--methods", *CENSUS, "--models", "shared_bottom"])
     more = ["--models", "mmoe", "--methods", *CENSUS[1:3], "--resume"]
-    tabular.main([*start, "census", *more])
+    tabular.study.main([*start, "census", *more])
     return out
 
 
 def records_in(folder, dataset):
-    lines = (folder / f"tabular_{dataset}.jsonl").read_text().splitlines()
+    lines = (folder / "tabular" / f"{dataset}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -70,26 +71,27 @@ def test_smoke_run_writes_a_record_per_method_and_setting(smoke):
 
 
 def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
-    path = smoke / "tabular_yeast.jsonl"
+    path = smoke / "tabular" / "yeast.jsonl"
     before = path.read_text()
     arguments = ["--smoke", "--out", str(smoke), "--datasets", "yeast", "--methods", *YEAST]
-    tabular.main([*arguments, "--resume"])
+    tabular.study.main([*arguments, "--resume"])
     assert path.read_text() == before
     with pytest.raises(SystemExit, match="expected the options of"):
-        tabular.main([*arguments, "--resume", "--learning-rates", "0.5"])
+        tabular.study.main([*arguments, "--resume", "--learning-rates", "0.5"])
 
 
 def test_report_is_made_of_the_results_alone(smoke, capsys):
-    for name in tabular.FIGURES:
-        (smoke / name).unlink(missing_ok=True)
-    tabular.main(["--report-only", "--out", str(smoke)])
+    figures = [smoke / "tabular" / name for name in tabular.study.figures]
+    for figure in figures:
+        figure.unlink(missing_ok=True)
+    tabular.study.main(["--report-only", "--out", str(smoke)])
     text = capsys.readouterr().out
-    assert all((smoke / name).stat().st_size > 10_000 for name in tabular.FIGURES)
+    assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert all(name in text for name in ("census, mmoe", "modo", "single_task", "tuned"))
 
 
 def test_claims_are_decided_by_the_records(smoke, tmp_path):
-    claims = tabular.claims(smoke)
+    claims = tabular.claims(smoke / "tabular")
     assert len(claims) >= 4
     assert all(claim.verdict in VERDICTS and claim.ours for claim in claims)
     assert tabular.claims(tmp_path) == []
@@ -103,22 +105,23 @@ def test_claims_are_decided_by_the_records(smoke, tmp_path):
             if record["method"] != "single_task":
                 record["test_auc"] = [(0.6 + shift).tolist(), (0.61 + shift).tolist()]
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        (edited / "tabular_census.jsonl").write_text(lines)
+        (edited / "census.jsonl").write_text(lines)
         verdicts = {c.source: c.verdict for c in tabular.claims(edited)}
         assert verdicts["Ma 2018"] == verdict
 
 
 def test_report_without_results_says_what_is_missing(tmp_path):
     with pytest.raises(SystemExit, match="expected results in"):
-        tabular.main(["--report-only", "--out", str(tmp_path)])
+        tabular.study.main(["--report-only", "--out", str(tmp_path)])
 
 
 def test_every_rule_of_the_library_is_under_study():
-    for method in METHODS:
-        names = [name for name in RULES if (name + "_").startswith(method.name + "_")]
+    for method in conformance.METHODS:
+        names = [name for name in METHODS if (name + "_").startswith(method.name + "_")]
         assert names, method.name
-        declared = set(RULES[names[0]].extras)
-        assert declared == set(method.inputs) & set(EXTRAS), method.name
+        declared = set(METHODS[names[0]].inputs)
+        assert declared == set(method.inputs) & set(INPUTS), method.name
+        assert METHODS[names[0]].min_tasks >= method.min_tasks
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_area_under_curve_is_scikit_learns():
     labels = rng.integers(0, 2, (50, 3))
     scores = rng.normal(size=(4, 50, 3)).round(1)  # with ties
     expected = [[roc_auc_score(labels[:, i], s[:, i]) for i in range(3)] for s in scores]
-    np.testing.assert_allclose(tabular.area_under_curve(scores, labels), expected, rtol=1e-12)
+    np.testing.assert_allclose(area_under_curve(scores, labels), expected, rtol=1e-12)
 
 
 def test_mixture_of_experts_is_the_papers_formula():
@@ -276,7 +279,7 @@ def problem():
 
 def test_a_rule_moves_the_shared_parameters_and_tasks_move_their_own(problem):
     losses_fn, params, rows = problem
-    init, direction = make_direction(RULES["mgda"], 2, 5, ())
+    init, direction = make_direction(METHODS["mgda"], 2, 5, None)
     update, _ = direction(lambda p: losses_fn(p, rows), params, init(params), key=jax.random.key(0))
     jacobian = jax.jacrev(losses_fn)(params, rows)
     flat = np.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(jacobian["shared"])], 1)
@@ -292,7 +295,7 @@ def test_a_rule_moves_the_shared_parameters_and_tasks_move_their_own(problem):
 def test_a_setting_is_the_weights_of_one_backward_pass(problem):
     losses_fn, params, rows = problem
     weights = jnp.array([0.9, 0.1])
-    init, direction = make_direction(RULES["swept_scalarization"], 2, 5, (weights,))
+    init, direction = make_direction(METHODS["swept_scalarization"], 2, 5, weights)
     update, _ = jax.jit(
         lambda params, state: direction(lambda p: losses_fn(p, rows), params, state)
     )(params, init(params))
@@ -311,11 +314,11 @@ def test_cross_gramian_is_that_of_the_halves_of_the_next_batch(problem):
 
 
 def test_epochs_visit_rows_once_in_an_order_of_their_seed():
-    order = tabular.draw_order(jax.random.key(0), num_rows=23, steps=4, epochs=2)
+    order = draw_order(jax.random.key(0), num_examples=23, steps=4, epochs=2)
     assert order.shape == (8, 5)
     for epoch in np.asarray(order).reshape(2, 20):
         assert len(set(epoch.tolist())) == 20
-    assert (tabular.draw_order(jax.random.key(1), num_rows=23, steps=4, epochs=2) != order).any()
+    assert (draw_order(jax.random.key(1), num_examples=23, steps=4, epochs=2) != order).any()
 
 
 def test_swept_weights_are_distinct_and_favour_rare_labels():
