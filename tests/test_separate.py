@@ -147,9 +147,9 @@ def test_shared_leaves_and_heads(chunk_size, shared, x64):
 
 
 RULES = {
-    "upgrad": lambda: jaxmtl.upgrad(num_tasks=3),
+    "mgda": lambda: jaxmtl.mgda(num_tasks=3),
     "dwa": lambda: jaxmtl.dwa(num_tasks=3),
-    "every_k": lambda: jaxmtl.every_k(jaxmtl.nash_mtl(num_tasks=3), 2, num_tasks=3),
+    "every_k": lambda: jaxmtl.every_k(jaxmtl.imtl_g(num_tasks=3), 2, num_tasks=3),
 }
 
 
@@ -159,11 +159,12 @@ def test_value_and_grad_is_the_jacobian_route(rule, chunk_size, x64):
     params, batches = problem()
     aggregator = RULES[rule]()
     step = jax.jit(jaxmtl.value_and_grad(LOSSES, aggregator, chunk_size=chunk_size))
+    jacobian_of, update_of = jax.jit(jaxmtl.value_and_jacobian(LOSSES)), jax.jit(aggregator.update)
     one, other = aggregator.init(params), aggregator.init(params)
     for _ in range(3):
         (losses, one), grads = step(params, one, batches)
-        found, jacobian = jaxmtl.value_and_jacobian(LOSSES)(params, batches)
-        update, other = aggregator.update(jacobian, other, params, losses=found)
+        found, jacobian = jacobian_of(params, batches)
+        update, other = update_of(jacobian, other, params, losses=found)
         close(grads, update, 1e-9)
         close(one, other, 1e-9)
         assert tuple(losses) == NAMES
@@ -171,7 +172,7 @@ def test_value_and_grad_is_the_jacobian_route(rule, chunk_size, x64):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_in_float32_at_extreme_scales(scale):
     params, batches = jax.tree.map(jnp.float32, problem())
     functions = {name: lambda p, b, f=f: jnp.float32(scale) * f(p, b) for name, f in LOSSES.items()}
@@ -184,10 +185,31 @@ def test_in_float32_at_extreme_scales(scale):
     chex.assert_trees_all_equal_dtypes(pullback(jnp.ones(3)), params)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("log2", [-90, 90])
+def test_a_step_in_float32_is_the_same_at_every_scale(chunk_size, log2):
+    """Squares of these gradients lie outside the format."""
+    params, batches = jax.tree.map(jnp.float32, problem())
+    scale = jnp.float32(2.0**log2)
+    rule = jaxmtl.mgda()
+    for tasks in (NAMES, ("depth",)):
+        functions = {
+            n: lambda p, b, n=n, s=scale if n in tasks else 1: s * LOSSES[n](p, b) for n in NAMES
+        }
+        step = jax.jit(jaxmtl.value_and_grad(functions, rule, chunk_size=chunk_size))
+        (_, state), grads = step(params, rule.init(params), batches)
+        _, jacobian = jax.jit(jaxmtl.value_and_jacobian(functions))(params, batches)
+        expected, other = jax.jit(rule.update)(jacobian, rule.init(params), params)
+        assert int(state.mtl_skipped) == int(other.mtl_skipped) == 0
+        top = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected))
+        for found, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * top)
+
+
 def test_parameters_narrower_than_float32():
     params, batches = jax.tree.map(jnp.bfloat16, problem())
-    _, gramian, pullback = jaxmtl.value_and_gramian(LOSSES)(params, batches)
-    _, jacobian = jaxmtl.value_and_jacobian(LOSSES)(params, batches)
+    _, gramian, pullback = jax.jit(jaxmtl.value_and_gramian(LOSSES))(params, batches)
+    _, jacobian = jax.jit(jaxmtl.value_and_jacobian(LOSSES))(params, batches)
     rows = flat(jax.tree.map(jnp.float32, jacobian))
     np.testing.assert_allclose(gramian, rows @ rows.T, rtol=1e-5)
     chex.assert_trees_all_equal_dtypes(pullback(jnp.ones(3)), params)
@@ -488,7 +510,7 @@ ONES = jnp.ones(2)
         ({"a": lambda p, b: 1}, ({"a": ONES},), {}, "a floating point loss of 'a', got int32"),
         ({"a": lambda p, b: (1.0, b)}, ({"a": ONES},), {}, "the loss 'a' to return a scalar, got"),
         ({"a": one}, ({"a": ONES},), {"has_aux": True}, r"\(loss, aux\) of the loss 'a'"),
-        ({"a": one}, ({"a": ONES},), {"chunk_size": 0}, "chunk_size to be an int of at least 1"),
+        ({"a": one}, ({"a": ONES},), {"chunk_size": 0}, "chunk_size to be a positive int, got 0"),
     ],
 )
 def test_wrong_input_is_one_sentence(functions, args, options, message):
@@ -589,6 +611,10 @@ def test_a_run_is_resumed_from_a_checkpoint(tmp_path):
     chex.assert_trees_all_equal(run(restored["params"], restored["state"], 2), whole)
 
 
+def shares(gramian):
+    return jnp.diagonal(gramian) / jnp.trace(gramian)
+
+
 def test_modules_of_the_frameworks():
     nn = pytest.importorskip("flax.linen")
     eqx = pytest.importorskip("equinox")
@@ -605,11 +631,11 @@ def test_modules_of_the_frameworks():
             "a": lambda p, x, apply=apply: jnp.mean(apply(p, x) ** 2),
             "b": lambda p, x, apply=apply: jnp.mean(jnp.abs(apply(p, x))),
         }
-        rule = jaxmtl.from_weighting(lambda gramian: jnp.diagonal(gramian))
+        rule = jaxmtl.from_weighting(shares)
         step = jax.jit(jaxmtl.value_and_grad(functions, rule))
         (losses, _), grads = step(params, rule.init(params), batches)
         _, jacobian = jax.jit(jaxmtl.value_and_jacobian(functions))(params, batches)
-        expected = jax.jit(lambda j: jaxmtl.combine(j, jnp.diagonal(jaxmtl.gramian(j))))(jacobian)
+        expected = jax.jit(lambda j: jaxmtl.combine(j, shares(jaxmtl.gramian(j))))(jacobian)
         close(jax.tree.leaves(grads), jax.tree.leaves(expected), 1e-4)
         assert jax.tree.structure(grads) == jax.tree.structure(params)
         assert sorted(losses) == ["a", "b"]
