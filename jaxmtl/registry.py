@@ -62,7 +62,7 @@ _ENTRIES: dict[str, _Entry] = {}
 
 # Types whose own name is that of a private module, by the name that users write.
 _PUBLIC = {
-    repr(kind | None).removesuffix(" | None"): f"{module}.{kind.__qualname__}"
+    repr(kind | None).removesuffix(" | None"): f"{module}.{kind.__name__}"
     for kind, module in ((jax.Array, "jax"), (optax.GradientTransformation, "optax"))
 }
 
