@@ -1,6 +1,6 @@
 """Multi-task and multi-objective training in JAX: the way optax is for optimizers."""
 
-from jaxmtl import fronts, metrics, solvers
+from jaxmtl import fronts, metrics, rewards, solvers
 from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
@@ -115,6 +115,7 @@ __all__ = [
     "pbi",
     "pcd",
     "pcgrad",
+    "rewards",
     "rgw",
     "rlw",
     "scale_invariant",

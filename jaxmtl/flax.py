@@ -6,7 +6,7 @@ Needs flax, which jaxmtl does not depend on: ``import jaxmtl.flax`` by name.
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     extra_args: tuple[str, ...] = struct.field(pytree_node=False, default=())
     on_skip: Any = struct.field(pytree_node=False, default=None)
 
-    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> Self:
         """Takes one step.
 
         Args:

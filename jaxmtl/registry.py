@@ -62,8 +62,11 @@ _ENTRIES: dict[str, _Entry] = {}
 
 # Types whose own name is that of a private module, by the name that users write.
 _PUBLIC = {
-    repr(kind | None).removesuffix(" | None"): f"{module}.{kind.__name__}"
-    for kind, module in ((jax.Array, "jax"), (optax.GradientTransformation, "optax"))
+    repr(kind | None).removesuffix(" | None"): public
+    for kind, public in (
+        (jax.Array, "jax.Array"),
+        (optax.GradientTransformation, "optax.GradientTransformation"),
+    )
 }
 
 
@@ -172,7 +175,7 @@ def methods() -> dict[str, Method]:
     >>> print(methods["famo"].needs, methods["mgda"].properties)
     ('losses', 'previous_batch_losses') ('non-conflicting', 'weighted', 'scale-free')
     >>> [name for name, method in methods.items() if not method.has_weighting][:3]
-    ['db_mtl', 'excess_mtl', 'graddrop']
+    ['bloop', 'db_mtl', 'excess_mtl']
     """
     return {name: _describe(name, entry) for name, entry in sorted(_ENTRIES.items())}
 

@@ -97,6 +97,46 @@ def test_conic_grad_where_gradients_cancel(precision):
         assert mean @ d >= (0.5 - 1e-3) * mean @ mean
 
 
+# --- CAGrad-Clip ------------------------------------------------------------------------------
+
+
+def clipped_in_coordinates(jacobian, c, preference):
+    """The dual weights by sequential quadratic programming, clipped at the preference."""
+    mean = preference @ jacobian
+    size = np.linalg.norm(mean)
+
+    def dual(w):
+        return w @ jacobian @ mean + c * size * np.linalg.norm(w @ jacobian)
+
+    m = len(jacobian)
+    found = optimize.minimize(
+        dual,
+        np.full(m, 1 / m),
+        bounds=[(0, 1)] * m,
+        constraints={"type": "eq", "fun": lambda w: np.sum(w) - 1},
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    part = np.minimum(found.x, preference) @ jacobian
+    return mean + c * size * part / np.linalg.norm(part)
+
+
+@pytest.mark.parametrize("preference", [(0.25, 0.25, 0.25, 0.25), (0.1, 0.2, 0.3, 0.4)])
+def test_cagrad_clip_caps_the_dual_weights(preference, precision):
+    jacobians = matrices(8, 4, 7, seed=9)
+    aggregator = jaxmtl.cagrad(0.6, preference=jnp.array(preference), clip=True)
+    found = batch(aggregator, jacobians)
+    plain = batch(jaxmtl.cagrad(0.6, preference=jnp.array(preference)), jacobians)
+    atol = 2e-5 if precision == "float64" else 2e-3
+    for i, jacobian in enumerate(jacobians):
+        expected = clipped_in_coordinates(jacobian, 0.6, np.array(preference))
+        np.testing.assert_allclose(found[i], expected, atol=atol)
+    assert np.max(np.abs(found - plain)) > 0.05  # some weight was above its share
+    ones = np.array([[1.0, 2.0], [-1.0, -2.0]])
+    clipped = jaxmtl.cagrad(0.6, preference=jnp.array([0.75, 0.25]), clip=True)
+    assert np.all(np.isfinite(update_of(clipped, ones)))
+
+
 # --- DiBS-MTL ---------------------------------------------------------------------------------
 
 

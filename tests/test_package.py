@@ -38,6 +38,7 @@ LAYERS = (
     "metrics",
     "loop",
     "fronts",
+    "rewards",
     "gauss_newton",
     "flax",
 )
@@ -153,7 +154,7 @@ def test_no_private_interface_of_jax_or_optax():
 
 
 def public_things():
-    """Returns everything public by name: what the package, its two modules and flax export."""
+    """Returns everything public by name: what the package, its modules and flax export."""
 
     def own(module):
         """Returns the public names that a module defines itself."""
@@ -165,6 +166,7 @@ def public_things():
         (jaxmtl.solvers, jaxmtl.solvers.__all__),
         (jaxmtl.metrics, own(jaxmtl.metrics)),
         (jaxmtl.fronts, own(jaxmtl.fronts)),
+        (jaxmtl.rewards, own(jaxmtl.rewards)),
     )
     things = {f"{m.__name__}.{name}": getattr(m, name) for m, names in exported for name in names}
     things["jaxmtl.flax.TrainState"] = None  # imported in the test, as flax may be missing

@@ -243,7 +243,10 @@ def _placed(
 
 
 def _pull(residual: Residual, weights: jax.Array, wanted: Sequence[bool]) -> list[jax.Array]:
-    """Returns ``J^T w`` for the wanted leaves; what other leaves get is undefined."""
+    """Returns ``J^T w`` for the wanted leaves; what other leaves get is undefined.
+
+    A task of weight 0, such as an absent one, adds nothing, whatever its batch holds.
+    """
     leaves = residual.leaves
     if residual.rows:
         grads = list(leaves)
@@ -255,6 +258,7 @@ def _pull(residual: Residual, weights: jax.Array, wanted: Sequence[bool]) -> lis
                 continue
             dtype = linalg.accumulation_dtype(leaves)
             chosen = weights if len(tasks) == weights.size else weights[np.array(tasks)]
+            rows = jnp.where(linalg.column(chosen, rows) == 0, 0, rows)
             grads[i] = linalg.sum_of_rows(chosen, rows, dtype).astype(leaves[i].dtype)
         return grads
     totals = {
@@ -265,7 +269,8 @@ def _pull(residual: Residual, weights: jax.Array, wanted: Sequence[bool]) -> lis
 
     def add(i: int, totals: dict[int, jax.Array]) -> dict[int, jax.Array]:
         grads = residual.tasks[i].pull(weights[i])
-        return totals | {leaf: totals[leaf] + x for leaf, x in grads.items() if wanted[leaf]}
+        present = {leaf: jnp.where(weights[i] == 0, 0, grads[leaf]) for leaf in grads}
+        return totals | {leaf: totals[leaf] + x for leaf, x in present.items() if wanted[leaf]}
 
     branches = [functools.partial(add, i) for i in range(len(residual.tasks))]
     if residual.in_turn:
