@@ -106,7 +106,7 @@ def _local_eurosat(folder: Path) -> Images | None:
     from PIL import Image
 
     archives = sorted(folder.glob("*.zip")) if folder.is_dir() else [folder]
-    roots = [zipfile.Path(archive) for archive in archives] or [folder]
+    roots: list[Any] = [zipfile.Path(archive) for archive in archives] or [folder]
     found = sorted((path.parent.name, path.name, path) for root in roots for path in _jpegs(root))
     if not found:
         return None
