@@ -1,6 +1,6 @@
 """Multi-task and multi-objective training in JAX: the way optax is for optimizers."""
 
-from jaxmtl import fronts, metrics, solvers
+from jaxmtl import fronts, metrics, rewards, solvers
 from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
@@ -13,10 +13,14 @@ from jaxmtl.nested import hypergradient
 from jaxmtl.registry import make, methods
 from jaxmtl.rules.aligned_mtl import aligned_mtl
 from jaxmtl.rules.bargaining import fairgrad, nash_mtl
+from jaxmtl.rules.bloop import bloop
 from jaxmtl.rules.cagrad import cagrad
 from jaxmtl.rules.config import config
+from jaxmtl.rules.conic_grad import conic_grad
 from jaxmtl.rules.cosmos import cosmos
 from jaxmtl.rules.db_mtl import db_mtl
+from jaxmtl.rules.dcgd import dcgd
+from jaxmtl.rules.dibs_mtl import dibs_mtl
 from jaxmtl.rules.dual_cone import dual_proj, upgrad
 from jaxmtl.rules.dwa import dwa
 from jaxmtl.rules.epo import epo
@@ -57,16 +61,20 @@ __all__ = [
     "Weighting",
     "aligned_mtl",
     "apply_updates",
+    "bloop",
     "cagrad",
     "check",
     "clip_rows",
     "combine",
     "config",
+    "conic_grad",
     "cosmos",
     "cr_mogm",
     "cross_gramian",
     "db_mtl",
+    "dcgd",
     "descend_lower",
+    "dibs_mtl",
     "dual_proj",
     "dwa",
     "epo",
@@ -107,6 +115,7 @@ __all__ = [
     "pbi",
     "pcd",
     "pcgrad",
+    "rewards",
     "rgw",
     "rlw",
     "scale_invariant",

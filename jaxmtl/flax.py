@@ -4,9 +4,9 @@ Needs flax, which jaxmtl does not depend on: ``import jaxmtl.flax`` by name.
 """
 
 import dataclasses
-import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     extra_args: tuple[str, ...] = struct.field(pytree_node=False, default=())
     on_skip: Any = struct.field(pytree_node=False, default=None)
 
-    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> Self:
         """Takes one step.
 
         Args:
@@ -154,7 +154,6 @@ class _Functional:
         self.model, self.has_aux = model, has_aux
         self.in_axes = None if in_axes is None else (in_axes[0], 0, *in_axes[1:])
 
-        @functools.wraps(losses_fn)
         def pure(params: PyTree, keys: PyTree, *args: Any, **kwargs: Any) -> Any:
             module = nnx.merge(graph, params, keys, counts, rest, copy=True)
             found = losses_fn(module, *args, **kwargs)
@@ -177,7 +176,16 @@ class _Functional:
                 )
             return losses, (aux, new_counts, new_rest)
 
-        self.pure = pure
+        self.pure: Any = pure
+        self._sign(losses_fn)
+
+    def _sign(self, losses_fn: Callable[..., Any]) -> None:
+        """Gives `pure` the signature of the losses function, by which keywords find their way."""
+        signature = inspect.signature(losses_fn)
+        first, *others = signature.parameters.values()
+        keys = inspect.Parameter("random_keys", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        keys = keys.replace(kind=first.kind)
+        self.pure.__signature__ = signature.replace(parameters=[first, keys, *others])
 
     def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Returns the arguments of `pure` after the parameters."""

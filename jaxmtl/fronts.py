@@ -265,7 +265,7 @@ class Front(NamedTuple):
 
 def train(
     losses_fn: Callable[..., jax.Array],
-    make_optimizer: Callable[[jax.Array], Any],
+    optimizer: Any,
     params: PyTree,
     preferences: jax.Array,
     batches: PyTree = None,
@@ -276,21 +276,22 @@ def train(
 ) -> Front:
     """Trains one set of parameters for each preference, all in one `vmap` of one `scan`.
 
-    The preference of each run is what ``make_optimizer`` is called with, as a tracer: give it to
-    whichever argument it should be. `linear_scalarization`, `stch`, `upgrad`, `dual_proj`,
-    `aligned_mtl` and others take a vector over tasks. Methods without preferences spread out over
-    the front, if at all, by their starts: pass ``stacked=True``.
+    Each run gets its preference as ``preference=`` of every update, which rules that have one
+    understand: `stch`, `upgrad`, `dual_proj`, `cagrad`, `aligned_mtl` and others. For whatever else
+    should differ between the runs, pass a function from the preference, a tracer, to the optimizer.
+    Methods without preferences spread out over the front, if at all, by their starts: pass
+    ``stacked=True``.
 
     Args:
       losses_fn: ``losses_fn(params) -> (m,)``, or ``losses_fn(params, batch) -> (m,)`` with
         ``batches``.
-      make_optimizer: ``make_optimizer(preference)``, with an (m,) preference, returns an optax
-        transformation of the Jacobian, for instance ``optax.chain(jaxmtl.stch(preference=r),
-        optax.adam(1e-2))``; or a pair of an aggregator that has a weighting and a transformation
-        of its result, which never holds the Jacobian: one backward pass for rules of the losses.
-        All k optimizers must be of one structure.
+      optimizer: An optax transformation of the Jacobian, for instance ``optax.chain(jaxmtl.stch(),
+        optax.adam(1e-2))``; or a pair of an aggregator that has a weighting and a transformation of
+        its result, which never holds the Jacobian: one backward pass for rules of the losses. Or a
+        function ``optimizer(preference)`` that returns either, which then gets no ``preference=``;
+        all that it returns must be of one structure.
       params: Pytree; the start of every run, or with ``stacked`` leaves (k, *leaf.shape).
-      preferences: (k, m), or (k, ...) of whatever ``make_optimizer`` understands.
+      preferences: (k, m), or (k, ...) of whatever ``optimizer`` understands.
       batches: Pytree of leaves (num_steps, ...), the same for every run; None if the losses need
         no data, or hold all of it.
       num_steps: The number of steps; by default that of the batches.
@@ -309,10 +310,10 @@ def train(
     >>> from jaxmtl import fronts
     >>> def losses_fn(x):  # front: sqrt(f) + sqrt(g) = 1
     ...     return jnp.array([jnp.sum(x**2), jnp.sum((x - 1) ** 2)])
-    >>> def make_optimizer(preference):
+    >>> def optimizer(preference):
     ...     return optax.chain(jaxmtl.linear_scalarization(preference), optax.sgd(0.4))
     >>> front = fronts.train(
-    ...     losses_fn, make_optimizer, jnp.zeros(1), fronts.preferences(2, 2), num_steps=20
+    ...     losses_fn, optimizer, jnp.zeros(1), fronts.preferences(2, 2), num_steps=20
     ... )
     >>> print(front.losses)
     [[1.   0.  ]
@@ -340,10 +341,14 @@ def train(
     (steps,) = lengths.pop()
 
     def run(preference: jax.Array, params: PyTree) -> Front:
-        made = make_optimizer(preference)
-        paired = isinstance(made, tuple) and not hasattr(made, "update")
-        step = _without_jacobian(losses_fn, *made) if paired else _with_jacobian(losses_fn, made)
-        init, update = step
+        made, extra = optimizer, {"preference": preference}
+        if callable(optimizer):
+            made, extra = optimizer(preference), {}
+        if hasattr(made, "update"):
+            init, update = _with_jacobian(losses_fn, made, extra)
+        else:
+            aggregator, inner = made
+            init, update = _without_jacobian(losses_fn, aggregator, inner, extra)
 
         def advance(carry: PyTree, batch: PyTree) -> tuple[PyTree, jax.Array]:
             params, state = carry
@@ -368,13 +373,15 @@ _Step = tuple[Callable[..., PyTree], Callable[..., tuple[jax.Array, PyTree, PyTr
 
 
 def _with_jacobian(
-    losses_fn: Callable[..., jax.Array], optimizer: optax.GradientTransformation
+    losses_fn: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    extra: dict[str, jax.Array],
 ) -> _Step:
     chain = optax.with_extra_args_support(optimizer)
 
     def update(params: PyTree, state: PyTree, *args: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
         losses, jacobian = value_and_jacobian(losses_fn)(params, *args)
-        updates, state = chain.update(jacobian, state, params, losses=losses)
+        updates, state = chain.update(jacobian, state, params, losses=losses, **extra)
         return losses, updates, state
 
     return chain.init, update
@@ -384,6 +391,7 @@ def _without_jacobian(
     losses_fn: Callable[..., jax.Array],
     aggregator: Aggregator,
     optimizer: optax.GradientTransformation,
+    extra: dict[str, jax.Array],
 ) -> _Step:
     evaluate = value_and_grad(losses_fn, aggregator)
     inner = optax.with_extra_args_support(optimizer)
@@ -393,7 +401,7 @@ def _without_jacobian(
 
     def update(params: PyTree, state: PyTree, *args: PyTree) -> tuple[jax.Array, PyTree, PyTree]:
         mtl_state, opt_state = state
-        (losses, mtl_state), grads = evaluate(params, mtl_state, *args)
+        (losses, mtl_state), grads = evaluate(params, mtl_state, *args, **extra)
         updates, opt_state = inner.update(grads, opt_state, params)
         return losses, updates, (mtl_state, opt_state)
 

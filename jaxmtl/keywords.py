@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jaxmtl.types import INPUTS, SUPPLIED, Weighting
+from jaxmtl.types import INPUTS, SUPPLIED, Aggregator, Weighting
 
 # What `value_and_grad` hands to the rule itself.
 _OWN = ("gramian", "jacobian", "losses", *(name for name in SUPPLIED if name != "task_mask"))
@@ -73,12 +73,12 @@ def without_inputs(taken: Names, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split(
-    weighting: Weighting, taken: Names, given: Mapping[str, Any]
+    weighting: Weighting | Aggregator, taken: Names, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits keywords into those of the rule and those of the losses function.
 
     Args:
-      weighting: That of the rule.
+      weighting: That of the rule, or the aggregator of a coordinate rule.
       taken: What the losses function takes.
       given: The keywords.
 

@@ -1,4 +1,4 @@
-"""Sphinx configuration: ``sphinx-build notebooks site`` builds the documentation."""
+"""Sphinx configuration: ``sphinx-build notebooks site/html`` builds the documentation."""
 
 import sys
 from pathlib import Path

@@ -123,5 +123,6 @@ def test_zero_losses_and_preferences_are_finite(precision):
             losses=jnp.array(losses),
             preference=jnp.array(r),
         )
-        assert np.all(np.isfinite(update)) and np.any(update != 0)
+        assert np.all(np.isfinite(update))
+        assert np.any(update != 0)
         assert int(state.mtl_skipped) == 0

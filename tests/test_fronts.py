@@ -193,8 +193,12 @@ def test_a_front_is_that_of_closed_form(x64):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_each_run_is_the_run_alone(paired, x64):
-    """By a rule of the losses that has a state, with batches, a projection and many starts."""
+@pytest.mark.parametrize("constructed", [False, True])
+def test_each_run_is_the_run_alone(paired, constructed, x64):
+    """By a rule of the losses that has a state, with batches, a projection and many starts.
+
+    The preference is one of the construction or of each update.
+    """
     chosen = fronts.preferences(2, 3, margin=0.1)
     batches = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (12, 2)))
     starts = {"x": jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))}
@@ -206,7 +210,10 @@ def test_each_run_is_the_run_alone(paired, x64):
         rule = jaxmtl.cr_mogm(jaxmtl.stch(0.5, preference=preference), num_tasks=2)
         return (rule, optax.adam(0.05)) if paired else optax.chain(rule, optax.adam(0.05))
 
-    front = fronts.train(quadratics, make, starts, chosen, batches, project=project, stacked=True)
+    optimizer = make if constructed else make(None)
+    front = fronts.train(
+        quadratics, optimizer, starts, chosen, batches, project=project, stacked=True
+    )
     for i, preference in enumerate(chosen):
         rule, optimizer = (
             jaxmtl.cr_mogm(jaxmtl.stch(0.5, preference=preference), num_tasks=2),

@@ -168,3 +168,23 @@ def test_aux_and_sown_values():
 
     with pytest.raises(ValueError, match="has_aux"):
         flax.value_and_jacobian(keeping)(fresh(), X, Y)
+
+
+def test_keywords_go_to_the_losses_function():
+    def scaled(model, x, y, scale=1.0):
+        return scale * losses_fn(model, x, y)
+
+    plain, _ = flax.value_and_jacobian(losses_fn)(fresh(), X, Y)
+    double, _ = flax.value_and_jacobian(scaled)(fresh(), X, Y, scale=2.0)
+    assert_close(double, 2 * plain)
+    model, aggregator = fresh(), jaxmtl.upgrad()
+    route = flax.value_and_grad(scaled, aggregator)
+    (losses, _), _ = route(
+        model,
+        aggregator.init(nnx.state(model, nnx.Param)),
+        X,
+        Y,
+        scale=2.0,
+        task_mask=jnp.ones(2, bool),
+    )
+    assert_close(losses, double)

@@ -112,7 +112,8 @@ def test_hypervolume_weights_are_finite_differences_of_the_objective(x64):
                 objective_of_hypervolume(losses + s * unit, bounds, R) for s in (step, -step)
             )
             np.testing.assert_allclose(w[i], (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6)
-        assert np.all(w >= 0) and np.sum(w) > 0
+        assert np.all(w >= 0)
+        assert np.sum(w) > 0
 
 
 def test_the_mean_over_directions_is_the_hypervolume(x64):
@@ -162,4 +163,5 @@ def test_where_the_ray_meets_a_concave_front(x64):
     on_front = minimum_on(problem, jaxmtl.pbi(5.0, preference=p))
     np.testing.assert_allclose(on_front[1] / on_front[0], 2.0, rtol=0.05)
     linear = minimum_on(problem, jaxmtl.linear_scalarization(p))
-    assert min(linear) < 0.02 and max(linear) > 0.9
+    assert min(linear) < 0.02
+    assert max(linear) > 0.9

@@ -334,8 +334,8 @@ def test_the_rate_of_averaged_weights():
 
 def regularised(rows, rho):
     """The fixed point of eq. 10, argmin over the simplex of |J^T w|^2 + rho |w|^2."""
-    gramian = jnp.einsum("in,jn->ij", rows, rows) + rho * jnp.eye(rows.shape[0])
-    return solvers.min_norm(gramian).value
+    weighting = jaxmtl.mgda(rho=rho).weighting
+    return weighting.update(jnp.einsum("in,jn->ij", rows, rows), weighting.init())[0]
 
 
 @pytest.mark.parametrize("m", [2, 3])

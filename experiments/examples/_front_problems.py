@@ -83,7 +83,8 @@ def _evenly(curve: np.ndarray, points: int) -> np.ndarray:
     steps = np.linalg.norm(np.diff(curve, axis=0), axis=1)
     steps = np.where(steps > 20 * np.median(steps), 0, steps)  # from one piece to the next
     along = np.concatenate([[0], np.cumsum(steps)])
-    return curve[np.searchsorted(along, np.linspace(0, 1, points) * along[-1] * (1 - 1e-9))]
+    even: np.ndarray = curve[np.searchsorted(along, np.linspace(0, 0.999999, points) * along[-1])]
+    return even
 
 
 # --- problems by formula ----------------------------------------------------------------------

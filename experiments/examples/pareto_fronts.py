@@ -190,20 +190,18 @@ def table(records: Sequence[dict[str, Any]], quantity: str) -> str:
 
 def draw(problem: Problem, front: np.ndarray, results: dict[str, Any], path: Path) -> None:
     """Saves a figure with the front in grey and where each method ended, first seed."""
-    m = problem.num_tasks
+    dimensions = min(problem.num_tasks, 3)  # of four and six objectives the first three
     figure = Figure(figsize=(2.3 * len(results), 2.9), layout="constrained")
     for i, (method, result) in enumerate(results.items()):
-        spatial = {"projection": "3d"} if m == 3 else {}
-        axis = figure.add_subplot(1, len(results), i + 1, **spatial)
-        if m == 3:
-            axis.view_init(elev=28, azim=40)
-        size = 4 if m == 2 else 1
-        axis.scatter(*front.T[: min(m, 3)], s=size, color="0.75", linewidths=0)
+        spatial = {"projection": "3d", "elev": 28, "azim": 40} if dimensions == 3 else {}
+        axis: Any = figure.add_subplot(1, len(results), i + 1, **spatial)
+        where = front.T[:dimensions]
+        axis.scatter(*where, s=4 if dimensions == 2 else 1, color="0.75", linewidths=0)
         points = np.clip(result["points"][0], -0.05, 1.15)
-        axis.scatter(*points.T[: min(m, 3)], s=16, color="tab:red", linewidths=0)
+        axis.scatter(*points.T[:dimensions], s=16, color="tab:red", linewidths=0)
         axis.set_title(f"{method}\n{100 * np.mean(result['reached']):.0f} % reached", fontsize=9)
         axis.set(xlim=(-0.08, 1.18), ylim=(-0.08, 1.18), xticks=[0, 1], yticks=[0, 1])
-        if m == 3:
+        if dimensions == 3:
             axis.set(zlim=(-0.08, 1.18), zticks=[0, 1])
     figure.suptitle(f"{problem.name}: the front, and where {len(points)} points end")
     figure.savefig(path, dpi=80)
@@ -218,6 +216,26 @@ def records_of(problem: Problem, results: dict[str, Any]) -> list[dict[str, Any]
     ]
 
 
+def read(path: Path | None) -> list[dict[str, Any]]:
+    """Returns the records of a file, none where there is no file."""
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(
+    path: Path | None, records: list[dict[str, Any]], new: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns the records with those of one problem renewed; writes them if there is a path."""
+    names = [*PROBLEMS, "VLMOP2, ten points"]
+    records = [r for r in records if r["problem"] != new[0]["problem"]] + new
+    records.sort(key=lambda record: names.index(record["problem"]))
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study, prints its table and, with ``--out``, writes records and figures."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
@@ -228,18 +246,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for records and figures")
     options = parser.parse_args(argv)
     default = list(PROBLEMS) if options.data_dir else [make().name for make in FORMULAS]
-    records: list[dict[str, Any]] = []
+    path = options.out / "pareto_fronts.jsonl" if options.out is not None else None
+    records = read(path)
     with jax.enable_x64(True):  # the RE problems' objectives differ by up to 1e12
         for name in options.problems or default:
             problem = PROBLEMS[name]()
             front = load_front(problem, options.data_dir)
             results = study(problem, front, options.seeds)
-            records += records_of(problem, results)
-            if options.out is not None:
-                options.out.mkdir(parents=True, exist_ok=True)
-                draw(problem, front, results, options.out / f"fronts_{name.lower()}.png")
+            records = write(path, records, records_of(problem, results))
+            if path is not None:
+                draw(problem, front, results, path.with_name(f"fronts_{name.lower()}.png"))
         if options.libmoon:
-            records += beside_libmoon(options.seeds)
+            records = write(path, records, beside_libmoon(options.seeds))
     print("hypervolume, share of the front's\n" + table(records, "hypervolume"))
     print("share of the front reached\n" + table(records, "reached"))
     for record in records:
@@ -249,9 +267,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"VLMOP2, ten points: {record['method']:21} {ours.mean():.3f} ({ours.std():.3f}), "
                 f"LibMOON's {theirs['name']} {theirs['mean']:.3f} ({theirs['deviation']:.3f})"
             )
-    if options.out is not None:
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (options.out / "pareto_fronts.jsonl").write_text(lines)
 
 
 if __name__ == "__main__":

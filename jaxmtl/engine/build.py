@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+from jax import lax
 
 from jaxmtl.engine import linearity
 from jaxmtl.engine.program import (
@@ -73,6 +74,54 @@ def _is_opaque(eqn: Any, debug_info: Any, ins: Sequence[Value] = ()) -> bool:
     return any(_is_opaque(inner, body.debug_info) for body in bodies for inner in body.eqns)
 
 
+# Finite with finite derivatives, wherever their operands are.
+_TAME = frozenset(
+    (
+        "add",
+        "broadcast_in_dim",
+        "concatenate",
+        "conv_general_dilated",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "dot_general",
+        "dynamic_slice",
+        "erf",
+        "gather",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "pad",
+        "reduce_sum",
+        "reshape",
+        "rev",
+        "select_n",
+        "sin",
+        "slice",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "tanh",
+        "transpose",
+    )
+)
+
+
+def _is_tame(eqn: Any) -> bool:
+    """Tells whether all branches of a `lax.cond` may run where one is meant to.
+
+    A branch that is not taken must neither have effects nor a derivative that is not finite: times
+    a cotangent of zero it would be NaN.
+    """
+    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(eqn.params)]
+    inner = [e for body in bodies for e in body.eqns]
+    return not eqn.effects and all(
+        e.primitive.name in _TAME or (e.primitive.name in _INLINE and _is_tame(e)) for e in inner
+    )
+
+
 def _has_state(jaxpr: Any) -> bool:
     """Tells whether a jaxpr reads or writes mutable arrays (`jax.new_ref`)."""
     for eqn in jaxpr.eqns:
@@ -87,6 +136,10 @@ def _has_state(jaxpr: Any) -> bool:
 
 def _identity(x: jax.Array) -> list[jax.Array]:
     return [x]
+
+
+def _select(index: jax.Array, *cases: jax.Array) -> list[jax.Array]:
+    return [lax.select_n(index, *cases)]
 
 
 class _Builder:
@@ -119,6 +172,8 @@ class _Builder:
                 outs = self.inline(body, [*consts, *ins], steps, loops)
             elif has_param and has_data and name == "scan":
                 outs = self.scan(eqn, ins, steps, loops)
+            elif has_param and name == "cond" and ins[0].kind == DATA and _is_tame(eqn):
+                outs = self.branches(eqn, ins, steps, loops)
             else:
                 fun, reads, writes = _single_equation(eqn, jaxpr.debug_info)
                 for var, out in zip(
@@ -203,6 +258,21 @@ class _Builder:
         if value.kind == DATA:
             return value
         return self.call(_identity, [value], [aval], "identity", None, steps, loops)[0]
+
+    def branches(
+        self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]
+    ) -> tuple[Value, ...]:
+        """Opens a `lax.cond` on the example: mapped over examples, all branches run anyway."""
+        found = []
+        for branch in eqn.params["branches"]:
+            consts = [self.constant(c) for c in branch.consts]
+            found.append(self.inline(branch.jaxpr, [*consts, *ins[1:]], steps, loops))
+        outs: list[Value] = []
+        for var, *cases in zip(eqn.outvars, *found, strict=True):
+            cases = [self.as_data(case, var.aval, steps, loops) for case in cases]
+            operands = [ins[0], *cases]
+            outs += self.call(_select, operands, [var.aval], "select_n", None, steps, loops)
+        return tuple(outs)
 
     def scan(
         self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxmtl import arguments, linalg
 from jaxmtl.engine import execute, factors
 from jaxmtl.engine.build import build
-from jaxmtl.engine.factors import Factor, Part
+from jaxmtl.engine.factors import Factor
+from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan, describe, make_plan
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import DATA, Use
@@ -116,12 +117,13 @@ class Pass:
         return execute.pull(use, env, residual, cotangents, over_examples=True)
 
     def factors(
-        self, part: Part, scaled: Callable[[jax.Array], jax.Array]
+        self, part: Part, env: execute.Env, scaled: Callable[[jax.Array], jax.Array]
     ) -> tuple[Factor, Factor]:
         """Returns X and Y of one part of a structured group, Y in another scale."""
         use = part.use
         x, y = self.residuals[use.index][0], self.cotangents[use.index][0]
-        return part.arrange(rule_of(use).left(use, x, part.factors), scaled(y))
+        x = rule_of(use).left(use, x, part.factors)
+        return part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
 
 
 def _structured(
@@ -129,8 +131,9 @@ def _structured(
 ) -> jax.Array:
     # Two passes have two programs of equal structure.
     group, parts = a.plan.groups[position], b.plan.groups[position].parts
-    left = [a.factors(part, scaled) for part in group.parts]
-    right = left if a is b else [b.factors(part, scaled) for part in parts]
+    env = a.env()
+    left = [a.factors(part, env, scaled) for part in group.parts]
+    right = left if a is b else [b.factors(part, b.env(), scaled) for part in parts]
     total = jnp.zeros((), dtype)
     for (i, j), pairing in group.pairings.items():
         block = factors.inner_products(left[i], right[j], pairing, dtype)
@@ -299,6 +302,28 @@ class PerExample:
         found = jax.tree_util.tree_leaves_with_path(self._params)
         names = [jax.tree_util.keystr(path) or "params" for path, _ in found]
         return describe(self._pass.plan, names, [leaf for _, leaf in found], self._examples.own)
+
+
+def over_examples(
+    options: Options, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[PyTree], tuple[jax.Array, Any]]:
+    """Returns the losses of all examples as a function of the parameters."""
+    examples = arguments.match(options.in_axes, params, args)
+
+    def call(params: PyTree) -> tuple[jax.Array, Any]:
+        leaves, treedef = jax.tree.flatten(params)
+        common, own = examples.split(leaves)
+
+        def one_example(own: list[jax.Array], mapped: list[jax.Array]) -> tuple[jax.Array, Any]:
+            params = jax.tree.unflatten(treedef, examples.join(common, own))
+            losses, aux = options.call(params, *examples.arguments(mapped), **kwargs)
+            arguments.check_example_losses(losses.shape)
+            return losses.reshape(-1), aux
+
+        losses, aux = jax.vmap(one_example)(own, examples.mapped)
+        return losses.reshape(-1), aux
+
+    return call
 
 
 def _pull(

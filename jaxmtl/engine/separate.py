@@ -19,7 +19,7 @@ PyTree = Any
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["leaves", "tasks", "rows"],
-    meta_fields=["of_leaves", "in_order"],
+    meta_fields=["of_leaves", "in_turn"],
 )
 @dataclasses.dataclass
 class Residual:
@@ -31,14 +31,14 @@ class Residual:
       rows: For each leaf its rows ``(k, *leaf.shape)``, None where no task depends on it or rows
         are not kept.
       of_leaves: For each leaf, the tasks of these rows.
-      in_order: Whether one gradient is to be added before the next is computed.
+      in_turn: Whether one gradient is to be added before the next is computed.
     """
 
     leaves: list[jax.Array]
     tasks: list[separate.Task]
     rows: list[jax.Array | None]
     of_leaves: tuple[tuple[int, ...], ...]
-    in_order: bool
+    in_turn: bool
 
 
 class Separate:
@@ -106,21 +106,67 @@ class Separate:
         shape = (len(self._tasks), len(other._tasks))
         if self._rows is not None and other._rows is not None:
             return self._products(self._rows, other._rows, shape)
-        total = jnp.zeros(shape, linalg.accumulation_dtype(self._leaves, self.losses))
-        for block, others in self._schedule(other):
-            # One after the other: else the same gradient of two blocks would be computed once,
-            # and be kept from the one to the other.
-            pulled = {i: _gradient_after(total, self._tasks[i]) for i in block}
-            rows = separate.stack(pulled, len(self._leaves))
-            if other is self:
-                total = total + self._products(rows, rows, shape)
-            for j in others:
-                of_j = {j: _gradient_after(total, other._tasks[j])}
-                column = self._products(rows, separate.stack(of_j, len(self._leaves)), shape)
-                total = total + column
-                if other is self:
-                    total = total + column.T
-        return total
+        return self._in_turn(other)
+
+    def _in_turn(self, other: "Separate") -> jax.Array:
+        """Returns ``J_1 J_2^T`` from one block of kept gradients after the other."""
+        m, num_columns, size = len(self._tasks), len(other._tasks), self._size
+        dtype = linalg.accumulation_dtype(self._leaves, self.losses)
+        plan = self._schedule(other)
+        of_block = np.full((len(plan), size), m)  # m stands for no task
+        compared = np.full((len(plan), num_columns), num_columns)
+        for k, (block, others) in enumerate(plan):
+            of_block[k, : len(block)] = block
+            compared[k, others] = others
+        users = [
+            [sum(leaf in self._counted(task) for task in route._tasks) for route in (self, other)]
+            for leaf in range(len(self._leaves))
+        ]
+        # The gradient of a leaf that one task alone depends on meets only itself.
+        own = [other is self and a == 1 for a, _ in users]
+        met = [leaf for leaf, (a, b) in enumerate(users) if a and b and not own[leaf]]
+
+        def kept(i: int) -> tuple[list[jax.Array], jax.Array]:
+            grads = self._tasks[i].gradient() if i < m else {}
+            square = jnp.zeros((), dtype)
+            for leaf, x in grads.items():
+                if own[leaf]:
+                    square = square + linalg.row_products(x[None], x[None], dtype)[0, 0]
+            rows = [
+                grads[leaf] if leaf in grads else jnp.zeros_like(self._leaves[leaf]) for leaf in met
+            ]
+            return rows, square
+
+        def column(j: int, rows: list[jax.Array]) -> jax.Array:
+            grads = other._tasks[j].gradient() if j < num_columns else {}
+            total = jnp.zeros((size,), dtype)
+            for leaf, x in zip(met, rows, strict=True):
+                if leaf in grads:
+                    total = total + linalg.row_products(x, grads[leaf][None], dtype)[:, 0]
+            return total
+
+        branches = [functools.partial(kept, i) for i in range(m + 1)]
+        columns = [functools.partial(column, j) for j in range(num_columns + 1)]
+
+        def strip(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            start, tasks, others = block
+            rows, squares = lax.map(lambda i: lax.switch(i, branches), tasks)
+            table = lax.map(lambda j: lax.switch(j, columns, rows), others).T
+            if other is not self:
+                return table
+            inner = jnp.diag(squares)
+            for x in rows:
+                inner = inner + linalg.row_products(x, x, dtype)
+            padded = jnp.pad(table, ((0, 0), (0, len(plan) * size - num_columns)))
+            return lax.dynamic_update_slice(padded, inner, (jnp.zeros_like(start), start))
+
+        starts = jnp.arange(len(plan)) * size
+        table = lax.map(strip, (starts, jnp.asarray(of_block), jnp.asarray(compared)))
+        table = table.reshape(-1, table.shape[-1])[:m, :num_columns]
+        if other is not self:
+            return table
+        number = np.arange(m) // size
+        return jnp.where(number[:, None] <= number[None, :], table, table.T)
 
     def _schedule(self, other: "Separate") -> list[tuple[list[int], list[int]]]:
         """Returns blocks of tasks, and of each the tasks of the other batch to compare it with."""
@@ -182,12 +228,6 @@ class Separate:
         return "\n".join(lines)
 
 
-def _gradient_after(done: jax.Array, task: separate.Task) -> dict[int, jax.Array]:
-    """Returns a gradient that is computed only when ``done`` is there."""
-    one, _ = lax.optimization_barrier((jnp.ones_like(task.loss), done))
-    return task.pull(one)
-
-
 def _placed(
     block: jax.Array, rows: tuple[int, ...], columns: tuple[int, ...], shape: tuple[int, int]
 ) -> jax.Array:
@@ -203,7 +243,10 @@ def _placed(
 
 
 def _pull(residual: Residual, weights: jax.Array, wanted: Sequence[bool]) -> list[jax.Array]:
-    """Returns ``J^T w`` for the wanted leaves; what other leaves get is undefined."""
+    """Returns ``J^T w`` for the wanted leaves; what other leaves get is undefined.
+
+    A task of weight 0, such as an absent one, adds nothing, whatever its batch holds.
+    """
     leaves = residual.leaves
     if residual.rows:
         grads = list(leaves)
@@ -215,18 +258,25 @@ def _pull(residual: Residual, weights: jax.Array, wanted: Sequence[bool]) -> lis
                 continue
             dtype = linalg.accumulation_dtype(leaves)
             chosen = weights if len(tasks) == weights.size else weights[np.array(tasks)]
+            rows = jnp.where(linalg.column(chosen, rows) == 0, 0, rows)
             grads[i] = linalg.sum_of_rows(chosen, rows, dtype).astype(leaves[i].dtype)
         return grads
-    totals: dict[int, jax.Array] = {}
-    for i, task in enumerate(residual.tasks):
-        weight = weights[i]
-        if residual.in_order and totals:
-            totals, weight = lax.optimization_barrier((totals, weight))
-        for leaf, grad in task.pull(weight).items():
-            if wanted[leaf]:
-                wide = grad.astype(linalg.accumulation_dtype(grad))
-                totals[leaf] = totals[leaf] + wide if leaf in totals else wide
-    return [
-        totals[i].astype(leaf.dtype) if i in totals else jnp.zeros_like(leaf)
+    totals = {
+        i: jnp.zeros_like(leaf, linalg.accumulation_dtype(leaf))
         for i, leaf in enumerate(leaves)
-    ]
+        if wanted[i]
+    }
+
+    def add(i: int, totals: dict[int, jax.Array]) -> dict[int, jax.Array]:
+        grads = residual.tasks[i].pull(weights[i])
+        present = {leaf: jnp.where(weights[i] == 0, 0, grads[leaf]) for leaf in grads}
+        return totals | {leaf: totals[leaf] + x for leaf, x in present.items() if wanted[leaf]}
+
+    branches = [functools.partial(add, i) for i in range(len(residual.tasks))]
+    if residual.in_turn:
+        order = jnp.arange(len(branches))
+        totals, _ = lax.scan(lambda t, i: (lax.switch(i, branches, t), None), totals, order)
+    else:
+        for branch in branches:
+            totals = branch(totals)
+    return [totals[i].astype(leaf.dtype) if i in totals else leaf for i, leaf in enumerate(leaves)]

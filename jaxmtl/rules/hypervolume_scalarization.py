@@ -55,7 +55,8 @@ def hypervolume_scalarization(
     as ``-|t|^m``, so that such losses are brought down. At t = 0 exactly the slope is 0.
 
     >>> import jax.numpy as jnp, jaxmtl
-    >>> weighting = jaxmtl.hypervolume_scalarization(2.0, preference=jnp.array([3.0, 4.0])).weighting
+    >>> r = jnp.array([3.0, 4.0])
+    >>> weighting = jaxmtl.hypervolume_scalarization(2.0, preference=r).weighting
     >>> print(weighting.update(None, weighting.init(), losses=jnp.array([0.5, 1.2]))[0])
     [0.  2.5]
     """

@@ -36,7 +36,8 @@ def _arrow(arrow: Arrow, origin: np.ndarray, unit: float) -> str:
     width = 8.0 if arrow.kind == "update" else 6.0
     head = min(1.7 * width, length)
     tip, base = origin + end, origin + end - head * along
-    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (tip, base + width * across / 1.6, base - width * across / 1.6))
+    corners = (tip, base + width * across / 1.6, base - width * across / 1.6)
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
     place = tip + 13 * along
     anchor = "start" if along[0] > 0.3 else "end" if along[0] < -0.3 else "middle"
     return (
@@ -57,7 +58,8 @@ def _cone(gradients: np.ndarray, origin: np.ndarray, radius: float) -> str:
     first = int(np.flatnonzero(good & ~np.roll(good, 1))[0])  # the cone is one arc
     arc = [i % 1440 for i in range(first, first + 1440) if good[i % 1440]]
     edge = origin + radius * steps[arc] * np.array([1, -1])
-    return f'<polygon class="cone" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in [origin, *edge])}"/>'
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [origin, *edge])
+    return f'<polygon class="cone" points="{points}"/>'
 
 
 def picture(
@@ -86,16 +88,22 @@ def picture(
     for i, (arrows, text) in enumerate(panels):
         spare = (width - (high - low)[0] * unit) / 2
         origin = np.array([i * width + spare - low[0] * unit, margin + high[1] * unit])
-        parts.append(_cone(gradients, origin, 0.55 * unit * float(np.linalg.norm(ends, axis=1).max())))
+        parts.append(
+            _cone(gradients, origin, 0.55 * unit * float(np.linalg.norm(ends, axis=1).max()))
+        )
         parts.extend(_arrow(arrow, origin, unit) for arrow in arrows)
         if text:
-            parts.append(f'<text x="{(i + 0.5) * width:.1f}" y="{height - 12:.1f}" text-anchor="middle">{text}</text>')
+            place = f'x="{(i + 0.5) * width:.1f}" y="{height - 12:.1f}"'
+            parts.append(f'<text {place} text-anchor="middle">{text}</text>')
     total = width * len(panels)
-    background = f'<rect width="{total:.0f}" height="{height:.0f}" rx="10" fill="#fff"/>' if card else ""
+    background = (
+        f'<rect width="{total:.0f}" height="{height:.0f}" rx="10" fill="#fff"/>' if card else ""
+    )
     color = ' color="#222"' if card else ""
     title = "; ".join(text for _, text in panels if text) or "the update beside the gradients"
     return (
-        f'<svg class="mtl" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total:.0f} {height:.0f}" '
-        f'width="{total:.0f}" role="img"{color}><title>{title}</title>'
+        '<svg class="mtl" xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img"{color}>'
+        f"<title>{title}</title>"
         f"{f'<style>{STYLE}</style>' if card else ''}{background}{''.join(parts)}</svg>\n"
     )

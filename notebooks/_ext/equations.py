@@ -40,7 +40,10 @@ EQUATIONS = {
     "gradvac": r"g_i \leftarrow g_i + \frac{\lVert g_i\rVert \big(\varphi_{ij} \sqrt{1 - c_{ij}^2} - c_{ij} "
     r"\sqrt{1 - \varphi_{ij}^2}\big)}{\lVert g_j\rVert \sqrt{1 - \varphi_{ij}^2}}\, g_j \quad "
     r"\text{where } c_{ij} < \varphi_{ij}",
-    "imtl": r"w \text{ from imtl_g on the shared part, on losses scaled by } e^{s_i} \text{ as in imtl_l}".replace("_", r"\_"),
+    "hypervolume_scalarization": r"\ell = -\Big(\min_i \frac{b_i - \ell_i}{u_i}\Big)^m, \qquad u = \frac{p}{\lVert p\rVert}",
+    "imtl": r"w \text{ from imtl_g on the shared part, on losses scaled by } e^{s_i} \text{ as in imtl_l}".replace(
+        "_", r"\_"
+    ),
     "imtl_g": r"\Big\langle \frac{g_i}{\lVert g_i\rVert}, u\Big\rangle = \Big\langle \frac{g_j}{\lVert g_j\rVert}, u\Big\rangle "
     r"\text{ for all } i, j, \qquad \sum_i w_i = 1",
     "imtl_l": r"\min_s \sum_i e^{s_i} \ell_i - s_i, \qquad w_i = e^{s_i}",

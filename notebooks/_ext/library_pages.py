@@ -56,11 +56,12 @@ def family(method: jaxmtl.registry.Method) -> str:
     return "losses" if needs else "fixed"
 
 
+_OF_ROUTE = "(1 + 2m)/3 gradients with the Jacobian, about 1 + 1.25 m without; one with `encoder=`"
 PRICES = {
     "fixed": "one gradient, whatever m is",
     "losses": "one gradient, whatever m is",
-    "gramian": "(1 + 2m)/3 gradients with the Jacobian, about 1 + 1.25 m without; one with `encoder=`",
-    "both": "(1 + 2m)/3 gradients with the Jacobian, about 1 + 1.25 m without; one with `encoder=`",
+    "gramian": _OF_ROUTE,
+    "both": _OF_ROUTE,
     "coordinates": "(1 + 2m)/3 gradients, and the memory of m of them",
     "batches": "the Jacobians or Gramians of two or three batches",
     "combinators": "that of the rule inside",
@@ -68,12 +69,8 @@ PRICES = {
 
 
 def make_method(name: str, num_tasks: int) -> jaxmtl.Aggregator:
-    """Returns a method with its defaults; a combinator of MGDA."""
-    needed = {
-        key: {"aggregator": jaxmtl.mgda(), "k": 2}[key]
-        for key, default in jaxmtl.methods()[name].hyperparameters.items()
-        if default is inspect.Parameter.empty
-    }
+    """Returns a method with its defaults, and the library's own example where there are none."""
+    needed = jaxmtl.registry._ENTRIES[name].example()
     # Three gradients, of which none is Byzantine: the rule needs m >= f + 3.
     needed |= {"num_byzantine": 0} if name == "krum" else {}
     return jaxmtl.make(name, num_tasks=num_tasks, **needed)
@@ -108,8 +105,10 @@ def draw(name: str) -> str:
     shown = update * min(1.0, longest / max(length, 1e-12))
     arrows = [Arrow(-g, f"task{i + 1}", f"−g{'₁₂₃'[i]}") for i, g in enumerate(GRADIENTS)]
     svg = picture([([*arrows, Arrow(-shown, "update", "update")], "")], GRADIENTS)
-    falls = [f"loss {i + 1} {'falls' if c > 1e-6 else 'rises' if c < -1e-6 else 'stays'}"
-             for i, c in enumerate(changes)]
+    falls = [
+        f"loss {i + 1} {'falls' if c > 1e-6 else 'rises' if c < -1e-6 else 'stays'}"
+        for i, c in enumerate(changes)
+    ]
     method = jaxmtl.methods()[name]
     note = " One draw of many." if "random" in method.properties else ""
     return (
@@ -121,7 +120,11 @@ def draw(name: str) -> str:
 def _reference(reference: str, bibliography: str) -> str:
     key = re.sub(r" \(.*\)", "", reference)
     anchor = re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
-    return f"[{reference}](../../guide/bibliography.md#{anchor})" if f"({anchor})=" in bibliography else reference
+    return (
+        f"[{reference}](../../guide/bibliography.md#{anchor})"
+        if f"({anchor})=" in bibliography
+        else reference
+    )
 
 
 def method_page(name: str, bibliography: str) -> str:
@@ -160,14 +163,19 @@ $$
 
 def overview() -> str:
     """Returns the page that lists the families, with the table of contents."""
-    lines = ["# Methods, one by one\n", "By what they read. The symbols of the equations: $g_i$ the "
-             "gradients, $G$ their Gramian, $\\ell_i$ the losses, $w$ the weights, $u$ the update, "
-             "$\\Delta$ the simplex, $p$ the preference ($1/m$ by default).\n"]
+    lines = [
+        "# Methods, one by one\n",
+        "By what they read. The symbols of the equations: $g_i$ the "
+        "gradients, $G$ their Gramian, $\\ell_i$ the losses, $w$ the weights, $u$ the update, "
+        "$\\Delta$ the simplex, $p$ the preference ($1/m$ by default).\n",
+    ]
     for key, (title, text) in FAMILIES.items():
         names = [n for n, m in jaxmtl.methods().items() if family(m) == key]
         if names:
             entries = "\n".join(names)
-            lines.append(f"## {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n")
+            lines.append(
+                f"## {title}\n\n{text}\n\n```{{toctree}}\n:maxdepth: 1\n\n{entries}\n```\n"
+            )
     return "\n".join(lines)
 
 
@@ -196,7 +204,9 @@ def api_page() -> str:
         lines.append(f"## {title}: `{module}`\n")
         if module == "jaxmtl":
             lines.append("Methods have pages of their own:\n")
-            lines += [f"* [`{n}`](methods/{n}.md): {methods[n].update}" for n in names if n in methods]
+            lines += [
+                f"* [`{n}`](methods/{n}.md): {methods[n].update}" for n in names if n in methods
+            ]
             lines.append("")
             names = [n for n in names if n not in methods]
         lines.append("```{eval-rst}\n" + f".. currentmodule:: {module}\n")
@@ -226,13 +236,13 @@ def write_pages(folder: Path, bibliography: str) -> list[Path]:
     return [folder / name for name in pages]
 
 
-def make_pages(app) -> None:  # noqa: ANN001  Sphinx's application
+def make_pages(app) -> None:
     """Writes the pages before Sphinx reads the sources."""
     source = Path(app.srcdir)
     write_pages(source / "generated", (source / "guide" / "bibliography.md").read_text())
 
 
-def setup(app) -> dict[str, bool]:  # noqa: ANN001
+def setup(app) -> dict[str, bool]:
     """Registers the extension."""
     app.connect("builder-inited", make_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
