@@ -228,14 +228,14 @@ def write_arff(path, values, missing=None):
 
 
 def check_regression(split, rows, num_inputs):
-    """The parts hold every row once; inputs and targets are standardised by the training rows."""
+    """The parts hold every row once; inputs and targets are standardized by the training rows."""
     assert split.regression
     parts = split[:3]
     for i, name in ((0, "numbers"), (1, "labels")):
         values = np.split(rows, [num_inputs], axis=1)[i]
         got = np.concatenate([np.asarray(getattr(part, name)) for part in parts])
         assert got.shape == values.shape
-        # Standardisation is affine in each column: sorted, they lie on a line.
+        # Standardization is affine in each column: sorted, they lie on a line.
         for column in range(values.shape[1]):
             before, after = np.sort(values[:, column]), np.sort(got[:, column])
             line = np.polyval(np.polyfit(before, after, 1), before)
@@ -429,7 +429,7 @@ def test_epochs_visit_rows_once_in_an_order_of_their_seed():
     assert (draw_order(jax.random.key(1), num_examples=23, steps=4, epochs=2) != order).any()
 
 
-def test_swept_weights_are_distinct_and_favour_rare_labels():
+def test_swept_weights_are_distinct_and_favor_rare_labels():
     shares = np.linspace(0.02, 0.5, 14)
     for weights in (swept_weights(2), swept_weights(7), swept_weights(14, shares)):
         np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)

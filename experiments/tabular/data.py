@@ -48,8 +48,8 @@ class Table(NamedTuple):
     """Rows of a table."""
 
     codes: jax.Array  # (n, c) int32: which of the features 0..num_codes - 1 are 1
-    numbers: jax.Array  # (n, d) float32, standardised
-    labels: jax.Array  # (n, m) float32: 0 or 1, or standardised targets of a regression
+    numbers: jax.Array  # (n, d) float32, standardized
+    labels: jax.Array  # (n, m) float32: 0 or 1, or standardized targets of a regression
 
 
 class Split(NamedTuple):
@@ -314,13 +314,13 @@ def _split(
     tasks: tuple[str, ...],
     regression: bool = False,
 ) -> Split:
-    def standardised(values: np.ndarray) -> np.ndarray:
+    def standardized(values: np.ndarray) -> np.ndarray:
         train = values[parts[0]]
         deviation = train.std(axis=0)
         return (values - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
 
-    numbers = standardised(numbers)
-    labels = standardised(labels) if regression else labels
+    numbers = standardized(numbers)
+    labels = standardized(labels) if regression else labels
 
     def rows(part: np.ndarray) -> Table:
         return Table(

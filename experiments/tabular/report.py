@@ -251,20 +251,20 @@ def make_table(name: str, results: Results, single: Record) -> Table:
     return Table(title, ["method", *headers, "delta_m %", "rank", "cost", "rate", "epochs"], rows)
 
 
-COLOURS = {"none": "tab:green", "Gramian": "tab:blue", "coordinates": "tab:orange"}
+COLORS = {"none": "tab:green", "Gramian": "tab:blue", "coordinates": "tab:orange"}
 LABELS = ("weights, then one backward pass", "weights of the Gramian", "coordinates")
 
 
-def colour_of(method: str) -> str:
-    """Returns the colour of what a method has to see of the gradients."""
-    return COLOURS[needs(METHODS[method])]
+def color_of(method: str) -> str:
+    """Returns the color of what a method has to see of the gradients."""
+    return COLORS[needs(METHODS[method])]
 
 
-def colour_legend(figure: Figure, extra: Sequence[Any] = ()) -> None:
-    """Adds the legend of colours below."""
+def color_legend(figure: Figure, extra: Sequence[Any] = ()) -> None:
+    """Adds the legend of colors below."""
     dots = [
-        Line2D([], [], marker="o", ls="", color=colour, label=label)
-        for label, colour in zip(LABELS, COLOURS.values(), strict=True)
+        Line2D([], [], marker="o", ls="", color=color, label=label)
+        for label, color in zip(LABELS, COLORS.values(), strict=True)
     ]
     figure.legend(handles=[*dots, *extra], loc="outside lower center", ncols=3, frameon=False)
 
@@ -298,7 +298,7 @@ def draw_plane(found: dict[str, tuple[Results, Record]], path: Path) -> None:
         [], [], color="black", marker="s", ms=4, label="scalarization, by the weight of income"
     )
     alone = Line2D([], [], color="tab:red", ls="--", label="single-task networks")
-    colour_legend(figure, [curve, alone])
+    color_legend(figure, [curve, alone])
     figure.savefig(path, dpi=110)
 
 
@@ -328,10 +328,10 @@ def draw_panel(axis: Axes, results: Results, single: Record, *, numbers: bool) -
         line(value, color="tab:red", ls="--", lw=1)
     for number, (method, record) in enumerate(rules_of(results).items(), 1):
         (x, y), (dx, dy) = point(record)
-        colour = colour_of(method)
+        color = color_of(method)
         size = 11 if numbers else 4
-        axis.errorbar(x, y, xerr=dx, yerr=dy, color=colour, lw=0.7, alpha=0.4)
-        axis.plot(x, y, "o", color=colour, ms=size, alpha=0.6, label=f"{number} {method}")
+        axis.errorbar(x, y, xerr=dx, yerr=dy, color=color, lw=0.7, alpha=0.4)
+        axis.plot(x, y, "o", color=color, ms=size, alpha=0.6, label=f"{number} {method}")
         if numbers:
             axis.annotate(
                 str(number),
@@ -356,7 +356,7 @@ def draw_bars(found: dict[str, tuple[Results, Record]], path: Path) -> None:
         names,
         [values[name][0] for name in names],
         xerr=[values[name][1] for name in names],
-        color=[colour_of(name) for name in names],
+        color=[color_of(name) for name in names],
         error_kw={"lw": 1},
     )
     axis.invert_yaxis()
@@ -366,10 +366,10 @@ def draw_bars(found: dict[str, tuple[Results, Record]], path: Path) -> None:
         "equal weights": (results["linear_scalarization"], "black"),
         "weights tuned on validation data": (tuned_of(results), "tab:purple"),
     }
-    for label, (record, colour) in baselines.items():
+    for label, (record, color) in baselines.items():
         mean, error = mean_and_error(drops(record, single).tolist())
-        lines.append(axis.axvline(mean, color=colour, lw=1.2, label=label))
-        axis.axvspan(mean - error, mean + error, color=colour, alpha=0.12, lw=0, zorder=0)
+        lines.append(axis.axvline(mean, color=color, lw=1.2, label=label))
+        axis.axvspan(mean - error, mean + error, color=color, alpha=0.12, lw=0, zorder=0)
     axis.set_xlabel("delta_m (%) against single-task networks; negative is better")
     axis.grid(axis="x", alpha=0.3)
     dataset, seeds = next(iter(found)).split(",")[0], len(single["seeds"])
@@ -378,7 +378,7 @@ def draw_bars(found: dict[str, tuple[Results, Record]], path: Path) -> None:
     figure.suptitle(
         f"{name}, {len(TASKS[dataset])} {labels}: mean ± standard error over {seeds} seeds"
     )
-    colour_legend(figure, lines)
+    color_legend(figure, lines)
     figure.savefig(path, dpi=120)
 
 

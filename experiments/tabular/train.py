@@ -168,7 +168,7 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def relative_error(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Returns the RRMSE (..., m) of outputs (..., n, m): 1 is that of the mean of training.
 
-    Targets (n, m) are standardised by the training rows, whose mean is then 0.
+    Targets (n, m) are standardized by the training rows, whose mean is then 0.
     """
     return np.sqrt(np.mean((outputs - targets) ** 2, axis=-2) / np.mean(targets**2, axis=-2))
 
