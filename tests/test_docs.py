@@ -189,10 +189,10 @@ def test_included_pages_exist():
 def test_every_public_name_has_a_place(library_pages):
     """A method has a page, everything else an entry in the reference."""
     page = library_pages.api_page()
-    for module in ("jaxmtl", "jaxmtl.metrics", "jaxmtl.solvers", "jaxmtl.fronts"):
+    for module in ("jaxmtl", "jaxmtl.metrics", "jaxmtl.solvers", "jaxmtl.fronts", "jaxmtl.rewards"):
         section = page.partition(f": `{module}`\n")[2].partition("\n## ")[0]
         exported = library_pages.public_names(module)
-        assert len(exported) >= 4
+        assert exported
         for name in exported:
             in_methods = module == "jaxmtl" and name in jaxmtl.methods()
             entry = f"](methods/{name}.md)" if in_methods else f":: {name}\n"
