@@ -243,7 +243,7 @@ def make_pages(app) -> None:
     write_pages(source / "generated", (source / "guide" / "bibliography.md").read_text())
 
 
-def escape_stars(app, what, name, obj, options, lines) -> None:  # noqa: ANN001
+def escape_stars(app, what, name, obj, options, lines) -> None:
     """Keeps the star of a shape, (m, *leaf.shape), from opening an emphasis."""
     for i, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
