@@ -76,7 +76,7 @@ def per_example_norms(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, jax.Array, jax.tree_util.Partial]:
         found = PerExample(options, params, args, kwargs, diagonal=True)
-        losses = (found.losses, found.aux) if has_aux else found.losses
+        losses = found.aux.returned(found.losses, has_aux, True)
         return losses, jnp.sqrt(found.squared_norms()), found.pullback
 
     return evaluate
