@@ -321,7 +321,8 @@ def explain(
       **kwargs: Keywords of ``losses_fn``; inputs of rules that it does not take are ignored.
 
     Returns:
-      Text that names, with ``in_axes``, for every parameter the path it takes and why; else, how
+      Text that names, with ``in_axes``, for every parameter the path it takes and why, with the
+      operations of its part of the Gramian and the memory of what they work on; else, how
       rows are contracted.
 
     >>> import jax.numpy as jnp
@@ -330,9 +331,9 @@ def explain(
     ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
     >>> params = {"w": jnp.ones((20, 30)), "b": jnp.ones(30)}
     >>> explain(example_loss, params, jnp.ones((8, 20)), in_axes=(None, 0))
-    ['b']  float32[30]      per-example rows: no larger than the operands and cotangents of add
-    ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
-    """
+    ['b']  float32[30]      per-example rows (3.84 kFLOP, 960 B): no larger than the operands and cotangents of add
+    ['w']  float32[20, 30]  structured (6.4 kFLOP, 512 B): inner products of inputs and cotangents of dot_general
+    """  # noqa: E501
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
     taken = options.takes(len(args))
     kwargs = keywords.without_inputs(taken, kwargs)
