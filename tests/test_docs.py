@@ -294,3 +294,14 @@ def test_the_workflow_runs_what_is_run_here():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
     assert re.search(r"python: \[(.*)\]", text).group(1) == ", ".join(f'"{v}"' for v in versions)
+
+
+@pytest.mark.parametrize("name", jaxmtl.methods())
+def test_docstrings_say_when_to_use_a_method(name):
+    """And signatures print the names that users write."""
+    factory = getattr(jaxmtl, name)
+    before_arguments = inspect.getdoc(factory).partition("\nArgs:\n")[0]
+    assert "Use it " in before_arguments
+    printed = str(inspect.signature(factory))
+    assert not re.search(r"\b_\w+\.|<class|jaxmtl\.\w+\.", printed), printed
+    assert printed.endswith("-> jaxmtl.Aggregator")

@@ -14,10 +14,13 @@ from jaxmtl.engine.program import Program, Use, Value
 from jaxmtl.engine.views import Views
 
 # Moving one number to or from memory costs about as much as this many operations on it.
-_MEMORY_COST = 16
+_MEMORY_COST = 6
 # Rows are kept for the weighted sum if they take at most this many times the memory of what they
-# are made of; beyond it they are dropped and the weighted sum is taken afresh.
+# are made of; beyond it they are dropped and the weighted sum is taken afresh. More where this
+# saves much: from rows the sum takes one operation on an entry, afresh one at every position.
 _KEEP_ROWS = 4
+_KEEP_ROWS_OF_MANY = 16
+_MANY_POSITIONS = 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,14 +67,19 @@ class Plan:
         return any(self.in_gramian[leaf] for leaf in group.leaves)
 
 
-def make_plan(program: Program, in_gramian: Sequence[bool], num_examples: int) -> Plan:
-    """Groups the uses of a program and chooses a method for each group."""
+def make_plan(
+    program: Program, in_gramian: Sequence[bool], num_examples: int, diagonal: bool = False
+) -> Plan:
+    """Groups the uses of a program and chooses a method for each group.
+
+    With ``diagonal`` the methods are chosen for the norms of the gradients alone.
+    """
     views = Views()
     groups = _group(program, views)
     for group in groups:
         counted = {in_gramian[leaf] for leaf in group.leaves}
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
-        _choose(group, views, num_examples, leaf_size, mixed=len(counted) > 1)
+        _choose(group, views, (num_examples, diagonal), leaf_size, mixed=len(counted) > 1)
         if counted == {False}:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
@@ -109,7 +117,9 @@ def _group(program: Program, views: Views) -> list[Group]:
     ]
 
 
-def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> None:
+def _choose(
+    group: Group, views: Views, size: tuple[int, bool], leaf_size: int, mixed: bool
+) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
     names = ", ".join(dict.fromkeys(use.name for use in group.uses))
@@ -155,12 +165,17 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
     if len(known) < len(pairings):
         group.reason = f"uses of different shape, by {names}"
         return
-    by_factors, by_rows = _costs(group, parts, known, n, leaf_size)
+    most = max(part.num_positions() for part in parts)
+    group.keep |= most >= _MANY_POSITIONS and leaf_size <= _KEEP_ROWS_OF_MANY * sources
+    by_factors, by_rows = _costs(group, parts, known, size, leaf_size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
     else:
         group.reason = f"{names} at so many positions that one row per example is cheaper"
+        known_rows = [rule_of(use).reason for use in group.uses if rule_of(use).has_gradients(use)]
+        if len(known_rows) == len(group.uses) == 1:
+            group.reason = known_rows[0]
 
 
 def _parts_of(use: Use, views: Views, alone: bool) -> list[Part] | None:
@@ -173,32 +188,36 @@ def _costs(
     group: Group,
     parts: Sequence[Part],
     pairings: dict[tuple[int, int], str],
-    n: int,
+    size: tuple[int, bool],
     leaf_size: int,
 ) -> tuple[float, float]:
-    """Returns the costs of "factors" and of rows, in operations."""
+    """Returns the costs of "factors" and of rows beside a weighted sum, in operations."""
+    n, diagonal = size
+    products = n if diagonal else n * n
 
-    def size(part: Part, axes: Sequence[int]) -> int:
+    def volume(part: Part, axes: Sequence[int]) -> int:
         return math.prod(part.value.shape[a] for a in axes)
 
     positions = []
     for part in parts:
-        left, right = (size(part, side) for side in part.layout.own)
+        left, right = (volume(part, side) for side in part.layout.own)
         width = right + (left if part.factors.lookup is None else 0)
-        positions.append((part.num_positions(), size(part, part.layout.shared), width))
+        positions.append((part.num_positions(), volume(part, part.layout.shared), width))
     by_factors = 0.0
     for i, j in pairings:
         (t, num_shared, width), (s, _, _) = positions[i], positions[j]
-        pairs = n * n * t * s * num_shared * (1 if i == j else 2)
+        pairs = products * t * s * num_shared * (1 if i == j else 2)
         by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
-    by_rows = 2.0 * n * n * leaf_size + _MEMORY_COST * 2 * n * leaf_size
+    by_rows = 2.0 * products * leaf_size + _MEMORY_COST * 2 * n * leaf_size
     for use in group.uses:
         value_size = math.prod(use.params[0].shape)
         if rule_of(use).writes_rows:
             by_rows += _MEMORY_COST * n * value_size
-        else:
-            t = next(part.num_positions() for part in parts if part.use is use)
-            by_rows += 2.0 * n * t * value_size
+            continue
+        t = next(part.num_positions() for part in parts if part.use is use)
+        by_rows += 2.0 * n * t * value_size
+        if group.keep:  # The weighted sum is then one of rows, and need not be taken afresh.
+            by_rows -= 2.0 * n * (t - 1) * value_size
     return by_factors, by_rows
 
 
