@@ -166,6 +166,7 @@ def value_and_grad(
         found = routes.evaluate(options, params, args, reads_gramian, kwargs)
         if encoder is not None:
             extra.setdefault("features", found.features)
+        checks.check_names(rule, found.aux.names)
         extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
         gramian = None
@@ -205,6 +206,7 @@ def _value_and_grad_of_features(options: Options, aggregator: Aggregator) -> Cal
         extra, kwargs = keywords.split(aggregator, options.takes(len(args)), extra)
         found: Any = routes.evaluate(options, params, args, True, kwargs)
         extra.setdefault("features", found.features)
+        checks.check_names(rule, found.aux.names)
         extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
         rows = lax.stop_gradient(found.feature_rows())
