@@ -140,7 +140,7 @@ def methods() -> dict[str, Method]:
     >>> print(methods["famo"].needs, methods["mgda"].properties)
     ('losses', 'previous_batch_losses') ('non-conflicting', 'weighted', 'scale-free')
     >>> [name for name, method in methods.items() if not method.has_weighting][:3]
-    ['db_mtl', 'excess_mtl', 'graddrop']
+    ['bloop', 'db_mtl', 'excess_mtl']
     """
     return {name: _describe(name, entry) for name, entry in sorted(_ENTRIES.items())}
 
