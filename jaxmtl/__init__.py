@@ -3,7 +3,16 @@
 from jaxmtl import fronts, metrics, rewards, solvers
 from jaxmtl.base import from_rows, from_weighting
 from jaxmtl.combinators import cr_mogm, every_k, scale_rows
-from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from jaxmtl.engine import (
+    GradientNoise,
+    clipped_sum,
+    cross_gramian,
+    explain,
+    gradient_noise,
+    per_example_norms,
+    value_and_grad,
+    value_and_gramian,
+)
 from jaxmtl.gauss_newton import gauss_newton
 from jaxmtl.jacobian import value_and_jacobian
 from jaxmtl.linalg import combine, gramian
@@ -59,6 +68,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
+    "GradientNoise",
     "Weighting",
     "aligned_mtl",
     "apply_updates",
@@ -66,6 +76,7 @@ __all__ = [
     "cagrad",
     "check",
     "clip_rows",
+    "clipped_sum",
     "combine",
     "config",
     "conic_grad",
@@ -92,6 +103,7 @@ __all__ = [
     "gls",
     "go4align",
     "graddrop",
+    "gradient_noise",
     "gradnorm",
     "gradvac",
     "gramian",
@@ -116,6 +128,7 @@ __all__ = [
     "pbi",
     "pcd",
     "pcgrad",
+    "per_example_norms",
     "pmgda",
     "rewards",
     "rgw",

@@ -275,13 +275,16 @@ def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(biased << info.nmant, dtype)
 
 
-def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Computes ``x * 2**exponent`` without rounding, for every representable result.
-
-    In two factors: the whole power may lie outside the format when x does not.
-    """
+def powers_of_two(exponent: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns two factors of ``2**exponent``, which may lie outside the format as a whole."""
     half = exponent // 2
-    return x * power_of_two(half, x.dtype) * power_of_two(exponent - half, x.dtype)
+    return power_of_two(half, dtype), power_of_two(exponent - half, dtype)
+
+
+def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Computes ``x * 2**exponent`` without rounding, for every representable result."""
+    first, second = powers_of_two(exponent, x.dtype)
+    return x * first * second
 
 
 def row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -304,7 +307,8 @@ def _largest_exponent(nonzero: jax.Array, exponent: jax.Array) -> jax.Array:
 
 def scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
     """Multiplies row i of every leaf by ``2**exponent[i]``, in ``dtype``."""
-    return jax.tree.map(lambda x: ldexp(x.astype(dtype), column(exponent, x)), jacobian)
+    first, second = powers_of_two(exponent, dtype)
+    return jax.tree.map(lambda x: x.astype(dtype) * column(first, x) * column(second, x), jacobian)
 
 
 def row_norms(jacobian: PyTree) -> jax.Array:

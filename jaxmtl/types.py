@@ -153,6 +153,10 @@ class Aggregator(aggregating.Aggregator):
         return type(self)(**(old | fields))
 
 
+# Where users find them, so that signatures say ``jaxmtl.Aggregator``.
+Aggregator.__module__ = Weighting.__module__ = "jaxmtl"
+
+
 class AggregatorState(NamedTuple):
     """State of an aggregator that logs nothing.
 

@@ -46,9 +46,10 @@ MAPPED = tuple(
 )
 GRADIENTS = ("gradient:fsdp:explicit:", "gradient:both:auto:")
 EXAMPLES = ("examples:fsdp:explicit:", "examples:both:explicit:")
+SEPARATE = ("separate:fsdp:explicit:", "separate:both:auto:")
 PLANS = tuple(f"plan:{place}:{route}:64" for place in devices.PLACES for route in devices.ROUTES)
 TRACES = ("traces:fsdp:explicit:", "traces:both:explicit:")
-QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *PLANS, *TRACES, "readme:::", "lookup:::")
+QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *SEPARATE, *PLANS, *TRACES, "readme:::", "lookup:::")
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -85,6 +86,13 @@ def check_rules(job, result):
 @pytest.mark.parametrize("job", JOBS)
 def test_every_update_is_that_of_one_device(job):
     check_rules(job, quick()[job])
+
+
+@pytest.mark.parametrize("job", SEPARATE)
+def test_separate_data_is_that_of_one_device(job):
+    result = quick()[job]
+    assert set(result) == {"jacobian", "gramian", "chunked", "upgrad"}
+    assert max(result.values()) <= 1e-9, result
 
 
 def large(collectives):

@@ -50,7 +50,7 @@ def by_batch_size(records: Sequence[Record]) -> dict[int, list[Record]]:
     return dict(sorted(groups.items(), reverse=True))
 
 
-def summarise(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+def summarize(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
     """Returns, per method and quantity, the value of each seed after the last epoch."""
     summary: dict[str, dict[str, list[float]]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
@@ -83,7 +83,7 @@ def make_table(records: Sequence[Record]) -> Table:
     header += [f"Zhou 2022 {'loss' if several else 'acc. %'}"] * beside_paper + ["seeds"]
     rows = []
     for batch_size, group in groups.items():
-        for method, summary in summarise(group).items():
+        for method, summary in summarize(group).items():
             cells = [str(batch_size)] * several + [method]
             cells += [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
             cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
@@ -96,26 +96,26 @@ def make_table(records: Sequence[Record]) -> Table:
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """Saves the figure: accuracy, loss and conflict rate of every method."""
-    summary = summarise(records)
+    summary = summarize(records)
     rows = np.arange(len(summary))
     config = records[0]["config"]
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     looks = {"left": ("tab:blue", "o", -0.15), "right": ("tab:orange", "s", 0.15)}
 
-    def dots(axis: Axes, name: str, colour: str, marker: str, shift: float = 0.0) -> None:
+    def dots(axis: Axes, name: str, color: str, marker: str, shift: float = 0.0) -> None:
         points = [mean_and_error(values[name]) for values in summary.values()]
         mean, error = np.transpose(points)
-        axis.errorbar(mean, rows + shift, xerr=error, fmt=marker, color=colour, capsize=2)
+        axis.errorbar(mean, rows + shift, xerr=error, fmt=marker, color=color, capsize=2)
 
-    for i, (task, (colour, marker, shift)) in enumerate(looks.items()):
-        dots(axes[0], f"{task} accuracy", colour, marker, shift)
-        dots(axes[1], f"{task} loss", colour, marker, shift)
-        axes[0].plot([], [], marker, color=colour, label=f"{task} digit")  # the legend's entry
+    for i, (task, (color, marker, shift)) in enumerate(looks.items()):
+        dots(axes[0], f"{task} accuracy", color, marker, shift)
+        dots(axes[1], f"{task} loss", color, marker, shift)
+        axes[0].plot([], [], marker, color=color, label=f"{task} digit")  # the legend's entry
         if config["dataset"] == "mnist":
             paper = [PAPER.get(method, (np.nan, np.nan))[i] for method in summary]
             axes[0].plot(
-                paper, rows + shift, marker, color=colour, mfc="none", label=f"{task}, Zhou 2022"
+                paper, rows + shift, marker, color=color, mfc="none", label=f"{task}, Zhou 2022"
             )
     dots(axes[2], "conflict", "tab:gray", "D")
     labels = ("test accuracy (%)", "test loss", "steps with conflicting gradients (%)")
@@ -131,7 +131,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def draw_batches(records: Sequence[Record], path: Path) -> None:
     """Saves the figure of table 2: test loss of every method by batch size, a column per pair."""
-    groups = {size: summarise(group) for size, group in by_batch_size(records).items()}
+    groups = {size: summarize(group) for size, group in by_batch_size(records).items()}
     sizes = list(groups)
     shown = {name for summary in groups.values() for name in summary}
     columns: list[tuple[str, ...]] = [p for p in PAIRS.items() if shown.intersection(p)]
@@ -140,7 +140,7 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     looks = {"left": ("tab:blue", "o"), "right": ("tab:orange", "s")}
     for axis, pair in zip(axes, columns, strict=True):
-        for (i, (task, (colour, marker))), j in product(enumerate(looks.items()), range(len(pair))):
+        for (i, (task, (color, marker))), j in product(enumerate(looks.items()), range(len(pair))):
             method, line = pair[j], "--" if j else "-"
             points = [
                 mean_and_error(summary[method][f"{task} loss"])
@@ -150,7 +150,7 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
             ]
             mean, error = np.transpose(points)
             x = np.arange(len(sizes)) + 0.03 * (2 * j + i - 1.5)
-            look = {"color": colour, "marker": marker, "ls": line}
+            look = {"color": color, "marker": marker, "ls": line}
             axis.errorbar(
                 x, mean, yerr=error, capsize=2, label=f"{task}, {'CR-' if j else 'plain'}", **look
             )
@@ -179,7 +179,7 @@ def finals(records: Sequence[Record], quantity: str) -> Final:
     return {
         (size, method): np.transpose([summary[f"{task} {quantity}"] for task in TASKS])
         for size, group in by_batch_size(records).items()
-        for method, summary in summarise(group).items()
+        for method, summary in summarize(group).items()
     }
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+from jax import lax
 
 from jaxmtl.engine import linearity
+from jaxmtl.engine.primitives import experts
 from jaxmtl.engine.program import (
     CONST,
     DATA,
@@ -73,6 +75,54 @@ def _is_opaque(eqn: Any, debug_info: Any, ins: Sequence[Value] = ()) -> bool:
     return any(_is_opaque(inner, body.debug_info) for body in bodies for inner in body.eqns)
 
 
+# Finite with finite derivatives, wherever their operands are.
+_TAME = frozenset(
+    (
+        "add",
+        "broadcast_in_dim",
+        "concatenate",
+        "conv_general_dilated",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "dot_general",
+        "dynamic_slice",
+        "erf",
+        "gather",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "pad",
+        "reduce_sum",
+        "reshape",
+        "rev",
+        "select_n",
+        "sin",
+        "slice",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "tanh",
+        "transpose",
+    )
+)
+
+
+def _is_tame(eqn: Any) -> bool:
+    """Tells whether all branches of a `lax.cond` may run where one is meant to.
+
+    A branch that is not taken must neither have effects nor a derivative that is not finite: times
+    a cotangent of zero it would be NaN.
+    """
+    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(eqn.params)]
+    inner = [e for body in bodies for e in body.eqns]
+    return not eqn.effects and all(
+        e.primitive.name in _TAME or (e.primitive.name in _INLINE and _is_tame(e)) for e in inner
+    )
+
+
 def _has_state(jaxpr: Any) -> bool:
     """Tells whether a jaxpr reads or writes mutable arrays (`jax.new_ref`)."""
     for eqn in jaxpr.eqns:
@@ -89,9 +139,14 @@ def _identity(x: jax.Array) -> list[jax.Array]:
     return [x]
 
 
+def _select(index: jax.Array, *cases: jax.Array) -> list[jax.Array]:
+    return [lax.select_n(index, *cases)]
+
+
 class _Builder:
     def __init__(self) -> None:
         self.uses: list[Use] = []
+        self.chosen: dict[Value, Use] = {}  # slices of tables, by the lookup they come from
 
     def inline(
         self, jaxpr: Any, inputs: Sequence[Value], steps: list[Any], loops: tuple[Loop, ...]
@@ -119,6 +174,8 @@ class _Builder:
                 outs = self.inline(body, [*consts, *ins], steps, loops)
             elif has_param and has_data and name == "scan":
                 outs = self.scan(eqn, ins, steps, loops)
+            elif has_param and name == "cond" and ins[0].kind == DATA and _is_tame(eqn):
+                outs = self.branches(eqn, ins, steps, loops)
             else:
                 fun, reads, writes = _single_equation(eqn, jaxpr.debug_info)
                 for var, out in zip(
@@ -141,6 +198,26 @@ class _Builder:
                 if not isinstance(var, jex.DropVar):
                     env[var] = out
         return tuple(read(v) for v in jaxpr.outvars)
+
+    def is_product_with_chosen(self, ins: Sequence[Value]) -> bool:
+        """Tells whether a product is one of data with a matrix from a table."""
+        sides = [k for k, v in enumerate(ins) if v in self.chosen]
+        if len(sides) != 1 or len(ins) != 2 or ins[1 - sides[0]].kind != DATA:
+            return False
+        return sum(n != 1 for n in ins[sides[0]].aval.shape) > 1
+
+    def product_with_chosen(
+        self, fun: Callable[..., Sequence[jax.Array]], ins: Sequence[Value]
+    ) -> tuple[Callable[..., Sequence[jax.Array]], tuple[Value, ...], Use, int]:
+        """Returns a product with a slice of a table as a function of the table itself."""
+        side = 0 if ins[0] in self.chosen else 1
+        inner, shape = self.chosen[ins[side]], ins[side].aval.shape
+
+        def product(*args: jax.Array) -> Sequence[jax.Array]:
+            matrix = inner.fun(*args[:-1])[0].reshape(shape)
+            return fun(matrix, args[-1]) if side == 0 else fun(args[-1], matrix)
+
+        return product, (*inner.ins, ins[1 - side]), inner, side
 
     def stateful(
         self, fun: Callable[..., Sequence[jax.Array]], ins: Sequence[Value], avals: Sequence[Any]
@@ -168,6 +245,14 @@ class _Builder:
         debug_info: Any = None,
     ) -> tuple[Value, ...]:
         kinds = {v.kind for v in ins}
+        if name == "dot_general" and not loops and self.is_product_with_chosen(ins):
+            fun, ins, inner, side = self.product_with_chosen(fun, ins)
+            product = (Value(avals[0], DATA),)
+            use = Use(fun, ins, product, experts.NAME, eqn, len(self.uses), (), (0,))
+            use.inner, use.side = inner, side
+            self.uses.append(use)
+            steps.append(use)
+            return product
         if DATA in kinds or (name == "identity"):
             outs = tuple(Value(aval, DATA) for aval in avals)
             tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
@@ -176,8 +261,14 @@ class _Builder:
                 use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped, probed)
                 self.uses.append(use)
                 steps.append(use)
+                if name in ("dynamic_slice", "gather") and experts.chosen_axis(use) is not None:
+                    self.chosen[outs[0]] = use
             else:
                 steps.append(Call(fun, tuple(ins), outs, name, eqn))
+                if name in ("squeeze", "reshape") and ins[0] in self.chosen:
+                    shapes = ([n for n in v.aval.shape if n != 1] for v in (ins[0], outs[0]))
+                    if len(set(map(tuple, shapes))) == 1:
+                        self.chosen[outs[0]] = self.chosen[ins[0]]
             return outs
         varying = tuple(
             sorted({loop for v in ins for loop in v.loops}, key=lambda loop: loop.depth)
@@ -203,6 +294,21 @@ class _Builder:
         if value.kind == DATA:
             return value
         return self.call(_identity, [value], [aval], "identity", None, steps, loops)[0]
+
+    def branches(
+        self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]
+    ) -> tuple[Value, ...]:
+        """Opens a `lax.cond` on the example: mapped over examples, all branches run anyway."""
+        found = []
+        for branch in eqn.params["branches"]:
+            consts = [self.constant(c) for c in branch.consts]
+            found.append(self.inline(branch.jaxpr, [*consts, *ins[1:]], steps, loops))
+        outs: list[Value] = []
+        for var, *cases in zip(eqn.outvars, *found, strict=True):
+            cases = [self.as_data(case, var.aval, steps, loops) for case in cases]
+            operands = [ins[0], *cases]
+            outs += self.call(_select, operands, [var.aval], "select_n", None, steps, loops)
+        return tuple(outs)
 
     def scan(
         self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]

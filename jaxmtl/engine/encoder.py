@@ -20,7 +20,12 @@ class PerFeature(per_task.Tasks):
     of = "the features of the encoder"
 
     def __init__(
-        self, options: Options, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: Options,
+        params: PyTree,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        needs_gramian: bool = True,
     ) -> None:
         leaves, treedef = arguments.parameters(params)
         shared = arguments.shared_leaves(options.shared, params)
@@ -54,7 +59,9 @@ class PerFeature(per_task.Tasks):
             one = functools.partial(_pull_once, features_tree, residual)
             if not linearity.is_linear(jax.make_jaxpr(one)(linear.losses)):
                 chunk_size = options.chunk_size or linear.losses.shape[0]
-        pull = Pull(treedef, shared, functools.partial(_pull, features_tree, chunk_size))
+        pull = Pull(
+            treedef, shared, functools.partial(_pull, features_tree, chunk_size), needs_gramian
+        )
         self.pullback = jax.tree_util.Partial(pull, residual)
         self.features_tree, self.treedef, self.shared = features_tree, treedef, shared
         self.pull_losses, self.pull_encoder = pull_losses, pull_encoder

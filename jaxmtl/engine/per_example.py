@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxmtl import arguments, linalg
 from jaxmtl.engine import execute, factors
 from jaxmtl.engine.build import build
-from jaxmtl.engine.factors import Factor, Part
+from jaxmtl.engine.factors import Outer
+from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan, describe, make_plan
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import DATA, Use
@@ -116,12 +117,22 @@ class Pass:
         return execute.pull(use, env, residual, cotangents, over_examples=True)
 
     def factors(
-        self, part: Part, scaled: Callable[[jax.Array], jax.Array]
-    ) -> tuple[Factor, Factor]:
+        self, part: Part, env: execute.Env, scaled: Callable[[jax.Array], jax.Array]
+    ) -> Outer:
         """Returns X and Y of one part of a structured group, Y in another scale."""
         use = part.use
-        x, y = self.residuals[use.index][0], self.cotangents[use.index][0]
-        return part.arrange(rule_of(use).left(use, x, part.factors), scaled(y))
+        residual, cotangents = self.residuals[use.index], self.cotangents[use.index]
+        if part.factors.compute is None:
+            x, y = rule_of(use).left(use, residual[0], part.factors), cotangents[0]
+            choice: list[jax.Array] = []
+        else:
+            known = {v: execute.resolve(env, v) for v in use.ins if v.kind != DATA}
+            known.update(zip(use.data, residual, strict=True))
+            axes = [0 if v.kind == DATA else None for v in use.ins] + [0] * len(cotangents)
+            mapped = jax.vmap(part.factors.compute, in_axes=axes)
+            x, y, *choice = mapped(*(known[v] for v in use.ins), *cotangents)
+        found = part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
+        return Outer(*found, *choice)
 
 
 def _structured(
@@ -129,8 +140,9 @@ def _structured(
 ) -> jax.Array:
     # Two passes have two programs of equal structure.
     group, parts = a.plan.groups[position], b.plan.groups[position].parts
-    left = [a.factors(part, scaled) for part in group.parts]
-    right = left if a is b else [b.factors(part, scaled) for part in parts]
+    env = a.env()
+    left = [a.factors(part, env, scaled) for part in group.parts]
+    right = left if a is b else [b.factors(part, b.env(), scaled) for part in parts]
     total = jnp.zeros((), dtype)
     for (i, j), pairing in group.pairings.items():
         block = factors.inner_products(left[i], right[j], pairing, dtype)
@@ -141,6 +153,30 @@ def _structured(
             block = block + other
         total = total + block
     return total
+
+
+def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype) -> jax.Array:
+    """Returns the diagonal of what `_structured` returns, each example by itself."""
+    env = done.env()
+    found = [done.factors(part, env, lambda y: y) for part in group.parts]
+
+    def one(arrays: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
+        alone = [
+            factors.Outer(
+                dataclasses.replace(outer.x, array=x[None]),
+                dataclasses.replace(outer.y, array=y[None]),
+                None if choice is None else choice[None],
+            )
+            for outer, (x, y, choice) in zip(found, arrays, strict=True)
+        ]
+        total = jnp.zeros((), dtype)
+        for (i, j), pairing in group.pairings.items():
+            product = factors.inner_products(alone[i], alone[j], pairing, dtype)[0, 0]
+            total = total + product * (1 if i == j else 2)
+        return total
+
+    squares = jax.vmap(one)([(outer.x.array, outer.y.array, outer.choice) for outer in found])
+    return jnp.maximum(squares, 0)  # over several positions the sum can round to below zero
 
 
 def _own_products(x: jax.Array, y: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
@@ -158,6 +194,7 @@ def _forward_backward(
     own: list[jax.Array],
     mapped: list[jax.Array],
     in_gramian: Sequence[bool],
+    diagonal: bool,
 ) -> tuple[jax.Array, Any, Pass]:
     """Evaluates all examples and pulls their losses back to the outputs of all uses.
 
@@ -167,6 +204,7 @@ def _forward_backward(
       own: Parameters of which each example has a slice, stacked.
       mapped: The other inputs, stacked.
       in_gramian: For each leaf, whether it is part of the Gramian.
+      diagonal: Whether norms alone are wanted.
 
     Returns:
       The ``(m,)`` losses, aux with a leading axis of examples, and the `Pass`.
@@ -205,7 +243,7 @@ def _forward_backward(
         )
     else:
         of_own = [x[:, None] for x in of_own]
-    plan = make_plan(program, in_gramian, losses.shape[0])
+    plan = make_plan(program, in_gramian, losses.shape[0], diagonal)
     done = Pass(plan, leaves, list(map(jnp.asarray, constants)), residuals, cotangents, of_own, {})
     return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
 
@@ -222,6 +260,7 @@ class PerExample:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         needs_gramian: bool = True,
+        diagonal: bool = False,
     ) -> None:
         leaves, treedef = arguments.parameters(params)
         shared = arguments.shared_leaves(options.shared, params)
@@ -238,7 +277,7 @@ class PerExample:
             return losses, aux
 
         self.losses, self.aux, self._pass = _forward_backward(
-            one_example, common, own, examples.mapped, in_gramian
+            one_example, common, own, examples.mapped, in_gramian, diagonal
         )
         self._rows = functools.cache(self._pass.rows)
         self._params, self._examples = params, examples
@@ -294,11 +333,54 @@ class PerExample:
                 total = total + _own_products(scaled(x), scaled(y), len(a.own[0]), dtype)
         return total
 
+    def squared_norms(self) -> jax.Array:
+        """Returns the ``(m,)`` diagonal of the Gramian; for a pass with ``diagonal``."""
+        done = self._pass
+        dtype = linalg.accumulation_dtype(done.leaves, done.own)
+        total = jnp.zeros(self.losses.shape, dtype)
+        for i, group in enumerate(done.plan.groups):
+            if not done.plan.counts(group):
+                continue
+            if group.method == "factors":
+                total = total + _structured_squares(done, group, dtype)
+                continue
+            for leaf, rows in self._rows()[i].items():
+                if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
+                    squares = jnp.square(rows.astype(dtype))
+                    total = total + jnp.sum(squares, axis=range(1, rows.ndim))
+        for x, counts in zip(done.own, self._own_in_gramian, strict=True):
+            if counts:
+                squares = jnp.square(x.astype(dtype))
+                total = total + jnp.sum(squares, axis=range(2, x.ndim)).reshape(-1)
+        return total
+
     def explain(self) -> str:
         """Tells for every parameter which path it takes, and why."""
         found = jax.tree_util.tree_leaves_with_path(self._params)
         names = [jax.tree_util.keystr(path) or "params" for path, _ in found]
         return describe(self._pass.plan, names, [leaf for _, leaf in found], self._examples.own)
+
+
+def over_examples(
+    options: Options, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[PyTree], tuple[jax.Array, Any]]:
+    """Returns the losses of all examples as a function of the parameters."""
+    examples = arguments.match(options.in_axes, params, args)
+
+    def call(params: PyTree) -> tuple[jax.Array, Any]:
+        leaves, treedef = jax.tree.flatten(params)
+        common, own = examples.split(leaves)
+
+        def one_example(own: list[jax.Array], mapped: list[jax.Array]) -> tuple[jax.Array, Any]:
+            params = jax.tree.unflatten(treedef, examples.join(common, own))
+            losses, aux = options.call(params, *examples.arguments(mapped), **kwargs)
+            arguments.check_example_losses(losses.shape)
+            return losses.reshape(-1), aux
+
+        losses, aux = jax.vmap(one_example)(own, examples.mapped)
+        return losses.reshape(-1), aux
+
+    return call
 
 
 def _pull(

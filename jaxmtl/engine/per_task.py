@@ -98,6 +98,7 @@ def linearise(
     fun: Callable[..., tuple[jax.Array, Any]],
     inputs: Sequence[jax.Array],
     chunk_size: int | None = None,
+    needs_push: bool = True,
 ) -> tuple[Linear, Any]:
     """Linearises ``inputs -> (losses, aux)``.
 
@@ -105,6 +106,7 @@ def linearise(
       fun: Function of a list of arrays.
       inputs: Where to linearise it.
       chunk_size: How many rows may exist at a time.
+      needs_push: Whether rows will be compared; otherwise one backward pass is all.
 
     Returns:
       The `Linear`, and aux.
@@ -123,7 +125,7 @@ def linearise(
     push: Any = None
     vjp: Any = None
     is_linear = True
-    if not narrow and not custom:
+    if needs_push and not narrow and not custom:
         (losses,), push, rest = jax.linearize(split, inputs, has_aux=True)
     else:
         found: Any = jax.vjp(split, inputs, has_aux=True)
@@ -335,8 +337,13 @@ class PerTask(Tasks):
     """The losses of m tasks over one batch, their Gramian with respect to shared parameters."""
 
     def __init__(
-        self, options: Options, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: Options,
+        params: PyTree,
+        call: Callable[[PyTree], tuple[jax.Array, Any]],
+        needs_gramian: bool = True,
     ) -> None:
+        """Evaluates ``call``, the losses function with its data, and linearises it."""
         leaves, treedef = arguments.parameters(params)
         shared = arguments.shared_leaves(options.shared, params)
 
@@ -344,17 +351,17 @@ class PerTask(Tasks):
             def losses(inputs: list[jax.Array]) -> tuple[jax.Array, Any]:
                 found = iter(inputs)
                 full = [next(found) if w else x for x, w in zip(leaves, wanted, strict=True)]
-                return options.call(jax.tree.unflatten(treedef, full), *args, **kwargs)
+                return call(jax.tree.unflatten(treedef, full))
 
             inputs = [x for x, w in zip(leaves, wanted, strict=True) if w]
-            return linearise(losses, inputs, options.chunk_size)
+            return linearise(losses, inputs, options.chunk_size, needs_gramian)
 
         linear, aux = of_leaves(shared)
         super().__init__(linear, aux)
         residual = {"shared": linear}
         if not all(shared):
             residual["heads"], _ = of_leaves([not flag for flag in shared])
-        pull = Pull(treedef, shared, functools.partial(_pull, shared))
+        pull = Pull(treedef, shared, functools.partial(_pull, shared), needs_gramian)
         self.pullback = jax.tree_util.Partial(pull, residual)
 
 

@@ -7,17 +7,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmtl.engine import factors
-from jaxmtl.engine.factors import Part
+from jaxmtl.engine import paths
+from jaxmtl.engine.paths import Part
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import Program, Use, Value
 from jaxmtl.engine.views import Views
 
 # Moving one number to or from memory costs about as much as this many operations on it.
-_MEMORY_COST = 16
+_MEMORY_COST = 6
 # Rows are kept for the weighted sum if they take at most this many times the memory of what they
-# are made of; beyond it they are dropped and the weighted sum is taken afresh.
+# are made of; beyond it they are dropped and the weighted sum is taken afresh. More where this
+# saves much: from rows the sum takes one operation on an entry, afresh one at every position.
 _KEEP_ROWS = 4
+_KEEP_ROWS_OF_MANY = 16
+_MANY_POSITIONS = 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,7 +36,7 @@ class Group:
       method: "factors" (inner products of factors, no gradient of an example exists), "rows" (one
         row per example of the one value used) or "leaf rows" (one row per example of each leaf).
       parts: For "factors", the uses with their factors.
-      pairings: For "factors", how parts i and j <= i pair.
+      pairings: For "factors", how parts i and j <= i pair, where they have entries in common.
       keep: Whether the rows are kept for the weighted sum.
       bent: Whether the weighted sum is one of rows alone: a custom derivative on the way from the
         values to the leaves need not be linear.
@@ -64,25 +67,19 @@ class Plan:
         return any(self.in_gramian[leaf] for leaf in group.leaves)
 
 
-def _part_of(use: Use, views: Views, alone: bool) -> Part | None:
-    """Returns a use with its factors, if a rule knows them; ``alone``: its group has one value."""
-    found = rule_of(use).factors(use)
-    names = views.axis_names(use.params[0], alone) if len(use.params) == 1 else None
-    if found is None or names is None or use.probed:
-        return None
-    if found.lookup is not None and (names[found.lookup] is None or found.shared):
-        return None
-    return Part(use, found, names)
+def make_plan(
+    program: Program, in_gramian: Sequence[bool], num_examples: int, diagonal: bool = False
+) -> Plan:
+    """Groups the uses of a program and chooses a method for each group.
 
-
-def make_plan(program: Program, in_gramian: Sequence[bool], num_examples: int) -> Plan:
-    """Groups the uses of a program and chooses a method for each group."""
+    With ``diagonal`` the methods are chosen for the norms of the gradients alone.
+    """
     views = Views()
     groups = _group(program, views)
     for group in groups:
         counted = {in_gramian[leaf] for leaf in group.leaves}
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
-        _choose(group, views, num_examples, leaf_size, mixed=len(counted) > 1)
+        _choose(group, views, (num_examples, diagonal), leaf_size, mixed=len(counted) > 1)
         if counted == {False}:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
@@ -120,7 +117,9 @@ def _group(program: Program, views: Views) -> list[Group]:
     ]
 
 
-def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> None:
+def _choose(
+    group: Group, views: Views, size: tuple[int, bool], leaf_size: int, mixed: bool
+) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
     names = ", ".join(dict.fromkeys(use.name for use in group.uses))
@@ -131,30 +130,22 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
     )
     group.keep = leaf_size <= _KEEP_ROWS * sources
     group.bent = any(v.bent for v in group.values)
-    if mixed or group.bent or any(v is None for v in seen):
-        group.reason = f"used through another function of the parameter, by {names}"
-        if group.bent:
-            group.keep = True
-            group.reason = f"used through a custom derivative that need not be linear, by {names}"
+    if mixed or group.bent:
+        group.keep |= group.bent
+        group.reason = f"used through a custom derivative that need not be linear, by {names}"
         if mixed:
             group.reason = f"used together with a parameter that is not shared, by {names}"
         return
-    found = [_part_of(use, views, alone) for use in group.uses]
-    parts = tuple(part for part in found if part is not None)
-    pairings = {
-        (i, j): factors.pairing(p, q) for i, p in enumerate(parts) for j, q in enumerate(parts[:i])
-    }
-    pairings |= {(i, i): "straight" for i in range(len(parts))}
-    known = {pair: how for pair, how in pairings.items() if how is not None}
-    missing = [u for u, part in zip(group.uses, found, strict=True) if part is None]
-    one_box = len({v.pieces for v in seen if v is not None}) == 1
-    group.method = "rows" if alone else "leaf rows"
-    if missing or len(known) < len(pairings) or not (alone or one_box):
+    if alone and seen[0] is not None:
+        group.method = "rows"
+    found = [_parts_of(use, views, alone) for use in group.uses]
+    missing = [u for u, parts in zip(group.uses, found, strict=True) if not parts]
+    if missing:
         if any(use.probed for use in group.uses):
             group.keep = True
             group.reason = f"differentiated together with the example, by {names}"
-        elif not missing:
-            group.reason = f"uses of different shape, by {names}"
+        elif any(view is None for view in seen):
+            group.reason = f"used through another function of the parameter, by {names}"
         elif len(missing) == 1 and rule_of(missing[0]).has_gradients(missing[0]):
             group.reason = rule_of(missing[0]).reason
         elif leaf_size <= sources:
@@ -163,33 +154,70 @@ def _choose(group: Group, views: Views, n: int, leaf_size: int, mixed: bool) -> 
             unknown = ", ".join(dict.fromkeys(use.name for use in missing))
             group.reason = f"no structured rule for {unknown}"
         return
-    by_factors, by_rows = _costs(group, parts, n)
+    parts = tuple(part for some in found for part in some or ())
+    pairings = {}
+    for i, p in enumerate(parts):
+        for j, q in enumerate(parts[: i + 1]):
+            relation = views.relation(p.value, q.value)
+            if relation != "apart":
+                pairings[i, j] = paths.pairing(p, q) if relation == "same" else None
+    known = {pair: how for pair, how in pairings.items() if how is not None}
+    if len(known) < len(pairings):
+        group.reason = f"uses of different shape, by {names}"
+        return
+    most = max(part.num_positions() for part in parts)
+    group.keep |= most >= _MANY_POSITIONS and leaf_size <= _KEEP_ROWS_OF_MANY * sources
+    by_factors, by_rows = _costs(group, parts, known, size, leaf_size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
     else:
         group.reason = f"{names} at so many positions that one row per example is cheaper"
+        known_rows = [rule_of(use).reason for use in group.uses if rule_of(use).has_gradients(use)]
+        if len(known_rows) == len(group.uses) == 1:
+            group.reason = known_rows[0]
 
 
-def _costs(group: Group, parts: Sequence[Part], n: int) -> tuple[float, float]:
-    """Returns the costs of "factors" and of rows, in operations."""
+def _parts_of(use: Use, views: Views, alone: bool) -> list[Part] | None:
+    """Returns the parts of a use, if a rule knows its factors."""
+    found = None if use.probed or len(use.params) != 1 else rule_of(use).factors(use)
+    return None if found is None else paths.parts_of(use, found, views, alone)
+
+
+def _costs(
+    group: Group,
+    parts: Sequence[Part],
+    pairings: dict[tuple[int, int], str],
+    size: tuple[int, bool],
+    leaf_size: int,
+) -> tuple[float, float]:
+    """Returns the costs of "factors" and of rows beside a weighted sum, in operations."""
+    n, diagonal = size
+    products = n if diagonal else n * n
+
+    def volume(part: Part, axes: Sequence[int]) -> int:
+        return math.prod(part.value.shape[a] for a in axes)
+
     positions = []
     for part in parts:
-        num_shared = math.prod(part.shape[a] for a, *_ in part.factors.shared)
-        width = sum(part.shape[a] for a, *_ in (*part.factors.left, *part.factors.right))
-        positions.append((part.num_positions(), num_shared, width))
+        left, right = (volume(part, side) for side in part.layout.own)
+        width = right + (left if part.factors.lookup is None else 0)
+        positions.append((part.num_positions(), volume(part, part.layout.shared), width))
     by_factors = 0.0
-    for i, (t, num_shared, width) in enumerate(positions):
-        for s, _, _ in positions[: i + 1]:
-            pairs = n * n * t * s * num_shared * (1 if s == t else 2)
-            by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
-    size = math.prod(group.values[0].shape)
-    by_rows = 2.0 * n * n * size + _MEMORY_COST * 2 * n * size
-    for part, (t, _, _) in zip(parts, positions, strict=True):
-        if rule_of(part.use).writes_rows:
-            by_rows += _MEMORY_COST * n * size
-        else:
-            by_rows += 2.0 * n * t * size
+    for i, j in pairings:
+        (t, num_shared, width), (s, _, _) = positions[i], positions[j]
+        pairs = products * t * s * num_shared * (1 if i == j else 2)
+        by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
+    by_rows = 2.0 * products * leaf_size + _MEMORY_COST * 2 * n * leaf_size
+    for use in group.uses:
+        value_size = math.prod(use.params[0].shape)
+        if rule_of(use).writes_rows:
+            by_rows += _MEMORY_COST * n * value_size
+            continue
+        t = next(part.num_positions() for part in parts if part.use is use)
+        by_rows += 2.0 * n * t * value_size
+        if group.keep:  # The weighted sum is then one of rows, and need not be taken afresh.
+            by_rows -= 2.0 * n * (t - 1) * value_size
     return by_factors, by_rows
 
 

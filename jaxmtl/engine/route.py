@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxmtl import arguments, keywords, linalg, separate
 from jaxmtl.names import Aux
@@ -89,11 +90,13 @@ class Pull:
       shared: For each leaf, whether it is shared.
       pull: ``(residual, weights, wanted) -> grads``; entries of leaves that are not wanted are
         undefined.
+      scales: Whether weights of any size may come, as those of a Gramian may.
     """
 
     treedef: Any
     shared: tuple[bool, ...]
     pull: Callable[..., list[jax.Array]]
+    scales: bool = True
 
     def __call__(
         self, residual: Any, weights: jax.Array, head_weights: jax.Array | None = None
@@ -113,11 +116,17 @@ class Pull:
     def _scaled(self, residual: Any, weights: jax.Array, wanted: Sequence[bool]) -> list[jax.Array]:
         """Returns ``pull`` in units in which no cotangent overflows where no row does."""
         weights = weights.astype(linalg.accumulation_dtype(weights))
+        if not self.scales:
+            return self.pull(residual, lax.optimization_barrier(weights), wanted)
         _, exponent = jnp.frexp(jnp.max(jnp.abs(weights)))
         grads = self.pull(residual, linalg.ldexp(weights, -exponent), wanted)
+        dtypes = {
+            linalg.accumulation_dtype(x) for x, flag in zip(grads, wanted, strict=True) if flag
+        }
+        powers = {dtype: linalg.powers_of_two(exponent, dtype) for dtype in dtypes}
 
         def back(grad: jax.Array) -> jax.Array:
-            wide = grad.astype(linalg.accumulation_dtype(grad))
-            return linalg.ldexp(wide, exponent).astype(grad.dtype)
+            first, second = powers[linalg.accumulation_dtype(grad)]
+            return (grad.astype(first.dtype) * first * second).astype(grad.dtype)
 
         return [back(grad) if flag else grad for grad, flag in zip(grads, wanted, strict=True)]

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import jax
+
 from jaxmtl import separate
 from jaxmtl.engine.encoder import PerFeature
-from jaxmtl.engine.per_example import PerExample
+from jaxmtl.engine.per_example import PerExample, over_examples
 from jaxmtl.engine.per_task import PerTask
 from jaxmtl.engine.route import Options, Route
 from jaxmtl.engine.separate import Separate
@@ -31,8 +33,16 @@ def evaluate(
     kwargs = kwargs or {}
     if separate.is_several(options.losses_fn):
         return Separate(options, params, args, kwargs, needs_gramian)
-    if options.in_axes is not None:
-        return PerExample(options, params, args, kwargs, needs_gramian)
     if options.encoder is not None:
-        return PerFeature(options, params, args, kwargs)
-    return PerTask(options, params, args, kwargs)
+        return PerFeature(options, params, args, kwargs, needs_gramian)
+
+    def call(params: PyTree) -> tuple[jax.Array, Any]:
+        return options.call(params, *args, **kwargs)
+
+    if options.in_axes is None:
+        return PerTask(options, params, call, needs_gramian)
+    if not needs_gramian:
+        found = PerTask(options, params, over_examples(options, params, args, kwargs), False)
+        if found.linear.is_linear:
+            return found
+    return PerExample(options, params, args, kwargs, needs_gramian)

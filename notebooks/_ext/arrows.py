@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# In a page the theme's own text colour; on a card of its own, fixed.
+# In a page the theme's own text color; on a card of its own, fixed.
 STYLE = """
 .mtl text { font: 13px system-ui, sans-serif; fill: currentColor; }
 .mtl .task1 { stroke: #0e86d4; fill: #0e86d4; } .mtl .task2 { stroke: #e0761a; fill: #e0761a; }
@@ -74,7 +74,7 @@ def picture(
     Args:
       panels: Arrows and a caption, for each panel.
       gradients: (m, 2), for the cone.
-      card: Whether to put it on a white card, for pages whose colours are not known.
+      card: Whether to put it on a white card, for pages whose colors are not known.
       size: Height of a panel.
     """
     ends = np.concatenate([[a.end for a in arrows] for arrows, _ in panels] + [np.zeros((1, 2))])
@@ -103,6 +103,7 @@ def picture(
     title = "; ".join(text for _, text in panels if text) or "the update beside the gradients"
     return (
         '<svg class="mtl" xmlns="http://www.w3.org/2000/svg" '
-        f'viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img"{color}><title>{title}</title>'
+        f'viewBox="0 0 {total:.0f} {height:.0f}" width="{total:.0f}" role="img"{color}>'
+        f"<title>{title}</title>"
         f"{f'<style>{STYLE}</style>' if card else ''}{background}{''.join(parts)}</svg>\n"
     )
