@@ -39,6 +39,7 @@ PAPER_LOSSES = {
     ("cr_mgda", 4): (0.26, 0.36),
     ("cr_mgda", 2): (0.28, 0.40),
 }
+BASELINE = "linear_scalarization"
 PAIRS = {"mgda": "cr_mgda", "pcgrad": "cr_pcgrad", "cagrad": "cr_cagrad"}
 
 
@@ -84,7 +85,8 @@ def make_table(records: Sequence[Record]) -> Table:
     rows = []
     for batch_size, group in groups.items():
         for method, summary in summarize(group).items():
-            cells = [str(batch_size)] * several + [method]
+            marked = f"{method} (baseline)" if method == BASELINE else method
+            cells = [str(batch_size)] * several + [marked]
             cells += [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
             cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
             cells += [show(summary["conflict"], digits=1)]
@@ -166,6 +168,40 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def conclude(records: Sequence[Record]) -> str:
+    """Returns how far the methods lie from the baseline, on the same seeds; "" without it."""
+    accuracy = finals(records, "accuracy")
+    distances, sizes = {}, {size for size, _ in accuracy}
+    for (size, method), values in accuracy.items():
+        baseline = accuracy.get((size, BASELINE))
+        if len(sizes) > 1 or method == BASELINE or baseline is None or len(values) < 2:
+            continue
+        if len(values) != len(baseline):
+            continue
+        errors = [
+            np.hypot(*(x.std(ddof=1) / len(x) ** 0.5 for x in pair))
+            for pair in zip(values.T, baseline.T, strict=True)
+        ]
+        gaps = np.abs(values.mean(axis=0) - baseline.mean(axis=0))
+        distances[method] = max(g / e if e else 0.0 for g, e in zip(gaps, errors, strict=True))
+    if not distances:
+        return ""
+    farthest = max(distances, key=lambda method: distances[method])
+    beyond = [method for method, distance in distances.items() if distance > 2]
+    text = (
+        f"No method differs from {BASELINE} in accuracy by more than two of its standard errors"
+        if not beyond
+        else f"Beyond two standard errors of {BASELINE} in accuracy: {', '.join(beyond)}"
+    )
+    text += f" (the farthest is {farthest}, {distances[farthest]:.1f})."
+    if {"upgrad", "pcgrad"} <= set(distances):
+        text += (
+            " With two tasks UPGrad has PCGrad's direction, half its length: the study scales"
+            " PCGrad, a sum, to the mean, so that their difference is rounding alone."
+        )
+    return text
 
 
 # --- claims -------------------------------------------------------------------------------------
@@ -264,4 +300,5 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
     if not records:
         return Report([], {})
     drawer = draw if len(by_batch_size(records)) == 1 else draw_batches
-    return Report([make_table(records)], {f"{args.dataset}.png": partial(drawer, records)})
+    figures = {f"{args.dataset}.png": partial(drawer, records)}
+    return Report([make_table(records)], figures, conclude(records))
