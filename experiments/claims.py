@@ -1,7 +1,7 @@
 """What papers claim beside what records say: verdicts, means with errors."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,3 +42,15 @@ def show(values: Sequence[float], *, digits: int, sign: str = "") -> str:
     """Returns "mean ± standard error"; with ``sign="+"`` the mean has its sign."""
     mean, error = mean_and_error(values)
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+
+
+def listed(
+    values: Mapping[str, Any], text: Callable[[Any], str] = str, separator: str = "; "
+) -> str:
+    """Returns "name value" of all."""
+    return separator.join(f"{name} {text(value)}" for name, value in values.items())
+
+
+def claim(text: str, source: str, ours: str, conditions: Iterable[bool], paper: str = "") -> Claim:
+    """Returns a claim with the verdict of its conditions."""
+    return Claim(text, source, paper, ours, judge(conditions))

@@ -1,6 +1,7 @@
 """Small image sets as arrays: scikit-learn's bundled digits, and whatever TFDS reads as images."""
 
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,65 @@ def load_tfds_images(name: str, split: str, *, data_dir: str | None = None) -> I
     with np.load(cache) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     return Images(images[..., 0] if images.shape[-1] == 1 else images, labels)
+
+
+def load_local_images(name: str, data_dir: str | None) -> Images | None:
+    """Returns a set that lies in a folder in its publishers' own form, None if it does not.
+
+    Args:
+      name: ``"kmnist"``: ``kmnist-{train,test}-{imgs,labels}.npz``, of which the training part is
+        taken if it is there; or ``"eurosat/rgb"``: a zip, or a tree of folders, of JPEG images in
+        one folder a class. Classes are numbered in alphabetical order.
+      data_dir: The folder.
+
+    Raises:
+      ValueError: Images and labels of Kuzushiji-MNIST differ in number, or images of EuroSAT in
+        size.
+    """
+    loader = {"kmnist": _local_kmnist, "eurosat/rgb": _local_eurosat}.get(name)
+    return loader(Path(data_dir)) if loader and data_dir else None
+
+
+def _local_kmnist(folder: Path) -> Images | None:
+    for part in ("train", "test"):
+        paths = [folder / f"kmnist-{part}-{kind}.npz" for kind in ("imgs", "labels")]
+        if all(path.exists() for path in paths):
+            images, labels = (np.load(path)["arr_0"] for path in paths)
+            if len(images) != len(labels):
+                raise ValueError(
+                    f"expected one label for each image in {folder}, got {len(labels)} for "
+                    f"{len(images)}; take both files of the same part"
+                )
+            return Images(images, labels.astype(np.int32))
+    return None
+
+
+def _local_eurosat(folder: Path) -> Images | None:
+    from PIL import Image
+
+    archives = sorted(folder.glob("*.zip")) if folder.is_dir() else [folder]
+    roots: list[Any] = [zipfile.Path(archive) for archive in archives] or [folder]
+    found = sorted((path.parent.name, path.name, path) for root in roots for path in _jpegs(root))
+    if not found:
+        return None
+    classes = sorted({name for name, *_ in found})
+    images = []
+    for *_, path in track(found, description="decoding EuroSAT"):
+        with path.open("rb") as file:
+            images.append(np.asarray(Image.open(file).convert("RGB")))
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"expected images of one size in {folder}, got {sizes}; leave others out")
+    labels = [classes.index(name) for name, *_ in found]
+    return Images(np.stack(images), np.asarray(labels, np.int32))
+
+
+def _jpegs(root: Any) -> Iterator[Any]:
+    for path in root.iterdir():
+        if path.is_dir():
+            yield from _jpegs(path)
+        elif path.name.lower().endswith((".jpg", ".jpeg")):
+            yield path
 
 
 def _records(

@@ -4,11 +4,10 @@ Every method of the library is in it under its own name, with what the studies a
 library leaves a number open.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 import jaxmtl
@@ -35,11 +34,6 @@ class Method(NamedTuple):
         return self._replace(make=lambda m, **more: change(self.make(m, **more), m))
 
 
-def library_names() -> Iterable[str]:
-    """Yields the methods that are made of nothing but hyperparameters."""
-    return (name for name, method in jaxmtl.methods().items() if method.needs != ("rule",))
-
-
 def needs(method: Method) -> str:
     """Returns what a method has to see of the gradients: coordinates, Gramian, or none."""
     weighting = getattr(method.make(max(method.min_tasks, 2)), "weighting", None)  # a chain: none
@@ -60,33 +54,21 @@ def mean(aggregator: Any, num_tasks: int) -> optax.GradientTransformationExtraAr
     return optax.chain(aggregator, optax.scale(1 / num_tasks))
 
 
-def pcgrad_mean(num_tasks: int) -> jaxmtl.Aggregator:
-    """Returns PCGrad as Zhou 2022 writes it, the mean of the projected gradients.
-
-    It is a rule of its own and not ``pcgrad`` scaled afterwards: corollary 1 measures how far the
-    weights move, and starts them at 1/m.
-    """
-    inner = jaxmtl.pcgrad().weighting
-
-    def weigh(
-        gramian: jax.Array, state: Any, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        weights, state = inner.update(gramian, state, key=key)
-        return weights / len(weights), state
-
-    return jaxmtl.from_weighting(weigh, init=inner.init, num_tasks=num_tasks)
-
-
 _MIN_TASKS = {"krum": 5, "trimmed_mean": 3}
-_HYPERPARAMETERS: dict[str, dict[str, Any]] = {"cagrad": {"c": 0.4}, "fairgrad": {"alpha": 2.0}}
+_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "cagrad": {"c": 0.4},
+    "fairgrad": {"alpha": 2.0},
+    "hypervolume_scalarization": {"reference": 2.0},  # above cross-entropies of two classes
+}
 
 METHODS: dict[str, Method] = {
     name: Method(
         lambda m, name=name, **more: jaxmtl.make(
             name, num_tasks=m, **(_HYPERPARAMETERS.get(name, {}) | more)
         ),
-        tuple(set(jaxmtl.methods()[name].needs) - {"gramian", "jacobian", "losses"}),
+        tuple(n for n in description.needs if n not in ("gramian", "jacobian", "losses")),
         _MIN_TASKS.get(name, 1),
     )
-    for name in library_names()
-} | {"pcgrad_mean": Method(pcgrad_mean)}
+    for name, description in jaxmtl.methods().items()
+    if description.needs != ("rule",)
+}

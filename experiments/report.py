@@ -16,7 +16,6 @@ from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from experiments.claims import VERDICTS, Claim
 from experiments.study import Study
@@ -91,14 +90,8 @@ def make_notes(name: str, folder: Path) -> str:
     lines = [MARK]
     for command in study.commands:
         for table in study.report(folder / name, study.parse(command.split())).tables:
-            lines += [f"**{table.title}**", "", *markdown(rows_of(table)), ""]
+            lines += [f"**{table.title}**", "", *markdown([table.header, *table.rows]), ""]
     return prose + "\n".join(lines)
-
-
-def rows_of(table: Table) -> list[tuple[str, ...]]:
-    """Returns header and rows of a table."""
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    return list(zip(*columns, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

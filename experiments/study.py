@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import rich.table
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
-from rich.table import Table
 
 import jaxmtl
 from experiments.claims import Claim
@@ -93,6 +93,26 @@ class Preset(NamedTuple):
     seeds: int
 
 
+class Table(NamedTuple):
+    """What a study shows in rows."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    names: int = 1  # leading columns that hold names
+
+    def show(self, console: Console) -> None:
+        """Prints it, with a line wherever the first of several names changes."""
+        table = rich.table.Table(title=self.title)
+        for i, header in enumerate(self.header):
+            name = i < self.names
+            table.add_column(header, no_wrap=name, justify="left" if name else "right")
+        for row, after in zip(self.rows, [*self.rows[1:], None], strict=True):
+            line = self.names > 1 and after is not None and after[0] != row[0]
+            table.add_row(*row, end_section=line)
+        console.print(table)
+
+
 class Report(NamedTuple):
     """What a study shows of its results."""
 
@@ -161,7 +181,7 @@ class Study:
                 f"expected results in {folder}, got none; run without --report-only first"
             )
         for table in tables:
-            console.print(table)
+            table.show(console)
         for claim in self.claims(folder):
             console.print(f"{claim.verdict:<11} {claim.claim} ({claim.source}): {claim.ours}")
         for name, draw in figures.items():

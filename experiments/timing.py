@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+import jaxmtl
+
 
 class Program(NamedTuple):
     """Something to time, with what its compiler counts."""
@@ -20,6 +22,53 @@ def flops_of(executable: Any) -> float | None:
     """Returns the compiled operations, None where the compiler does not count them."""
     flops: float | None = (executable.cost_analysis() or {}).get("flops")
     return flops
+
+
+def make_step(
+    losses_fn: Callable[..., Any], aggregator: Any, *, rate: float = 0.01, **route: Any
+) -> Callable[..., Any]:
+    """Returns one step of a rule, by the Jacobian only where it has no weighting.
+
+    Args:
+      losses_fn: The losses, of one example if ``in_axes`` is in ``route``.
+      aggregator: The rule; None for a gradient step on the mean loss.
+      rate: Of descent.
+      **route: Keywords of ``jaxmtl.value_and_grad``.
+
+    Returns:
+      ``(params, state, *args, **inputs) -> (losses, state, new params)``.
+    """
+    axes = route.get("in_axes")
+    if aggregator is None:
+
+        def value_and_grad(params: Any, state: Any, *args: Any, **inputs: Any) -> Any:
+            def mean_loss(params: Any) -> Any:
+                losses = (jax.vmap(losses_fn, axes) if axes else losses_fn)(params, *args)
+                return losses.mean(), losses
+
+            (_, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+            return (losses, state), grads
+
+    elif aggregator.weighting is not None:
+        value_and_grad = jaxmtl.value_and_grad(losses_fn, aggregator, **route)
+    else:
+        rows = jaxmtl.value_and_jacobian(losses_fn, in_axes=axes)
+
+        def value_and_grad(params: Any, state: Any, *args: Any, **inputs: Any) -> Any:
+            losses, jacobian = rows(params, *args)
+            update, state = aggregator.update(jacobian, state, params, losses=losses, **inputs)
+            return (losses, state), update
+
+    def step(params: Any, state: Any, *args: Any, **inputs: Any) -> Any:
+        (losses, state), grads = value_and_grad(params, state, *args, **inputs)
+        return losses, state, descend(params, grads, rate)
+
+    return step
+
+
+def descend(params: Any, grads: Any, rate: float) -> Any:
+    """Returns the parameters after a step of gradient descent."""
+    return jaxmtl.apply_updates(params, jax.tree.map(lambda g: -rate * g, grads))
 
 
 def ratio_of(flops: float | None, base: float | None) -> float | None:

@@ -1,14 +1,16 @@
 """How all routes from losses to gradients read their arguments: as `jax.vmap` does."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from jaxmtl.checks import check_int
+from jaxmtl.names import Aux, stack_losses
+from jaxmtl.types import PyTree
 
 
 def check_callable(fun: Callable[..., Any], what: str) -> None:
@@ -19,13 +21,8 @@ def check_callable(fun: Callable[..., Any], what: str) -> None:
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raises a ValueError unless ``chunk_size`` is a positive int or None."""
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(
-            f"expected chunk_size to be an int of at least 1 or None, got {chunk_size!r}; it is "
-            "the number of gradients that exist at a time"
-        )
+    if chunk_size is not None:
+        check_int("chunk_size", chunk_size, fix="it is how many gradients exist at a time")
 
 
 def parameters(params: PyTree) -> tuple[list[jax.Array], Any]:
@@ -89,11 +86,12 @@ def shared_leaves(shared: Any, params: PyTree) -> tuple[bool, ...]:
 
 def call_losses(
     losses_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs: Any
-) -> tuple[jax.Array, Any]:
-    """Calls a losses function; returns ``(losses, aux)``, aux None if there is none.
+) -> tuple[jax.Array, Aux]:
+    """Calls a losses function; returns the losses as one array, and aux with their names.
 
     Raises:
-      ValueError: It does not return one floating point array, or no pair with ``has_aux``.
+      ValueError: It returns neither one floating point array nor a dict of scalars, or no pair
+        with ``has_aux``.
     """
     losses, aux = losses_fn(*args, **kwargs), None
     if has_aux:
@@ -103,17 +101,19 @@ def call_losses(
                 "pair, or drop has_aux"
             )
         losses, aux = losses
+    if isinstance(losses, Mapping):
+        losses, names = stack_losses(losses)
+        return losses, Aux(aux, names)
     if not jax.tree_util.all_leaves([losses]):
         raise ValueError(
-            f"expected losses_fn to return the losses as one array, got "
-            f"{jax.tree.structure(losses)}; stack named losses in an order that you fix, "
-            "jnp.stack([losses[name] for name in names]), and with auxiliary outputs pass "
-            "has_aux=True"
+            f"expected losses_fn to return the losses as one array or as a dict of scalars, got "
+            f"{jax.tree.structure(losses)}; stack them with jnp.stack, name them in a dict, and "
+            "with auxiliary outputs pass has_aux=True"
         )
     losses = jnp.asarray(losses)
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise ValueError(f"expected floating point losses, got {losses.dtype}; return real numbers")
-    return losses, aux
+    return losses, Aux(aux)
 
 
 def check_task_losses(shape: tuple[int, ...]) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmtl import arguments, linalg
-
-PyTree = Any
+from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl.types import PyTree
 
 
 def value_and_jacobian(
@@ -50,23 +49,32 @@ def value_and_jacobian(
     [[2. 4.]
      [3. 3.]]
     """
-    arguments.check_callable(losses_fn, "a losses function")
+    several = separate.is_several(losses_fn)
+    if several:
+        separate.check_functions(losses_fn, in_axes)
+    else:
+        arguments.check_callable(losses_fn, "a losses function")
     arguments.check_chunk_size(chunk_size)
 
     def value_and_jacobian_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         leaves, treedef = arguments.parameters(params)
+        keywords.check(keywords.of_losses(losses_fn, 1 + len(args)), kwargs)
 
         def losses_of(leaves: Sequence[jax.Array], args: tuple[Any, ...]) -> tuple[jax.Array, Any]:
             params = jax.tree.unflatten(treedef, leaves)
             return arguments.call_losses(losses_fn, has_aux, params, *args, **kwargs)
 
-        if in_axes is None:
+        if several:
+            tasks, aux = separate.evaluate(losses_fn, has_aux, leaves, treedef, args, kwargs)
+            losses = jnp.stack([task.loss for task in tasks])
+            rows: Sequence[jax.Array] = separate.jacobian(tasks, leaves)
+        elif in_axes is None:
             losses, aux, rows = _of_tasks(losses_of, leaves, args, chunk_size)
         else:
             examples = arguments.match(in_axes, params, args)
             losses, aux, rows = _of_examples(losses_of, leaves, examples, chunk_size)
         jacobian = jax.tree.unflatten(treedef, rows)
-        return ((losses, aux), jacobian) if has_aux else (losses, jacobian)
+        return aux.returned(losses, has_aux, in_axes is not None), jacobian
 
     return value_and_jacobian_fn
 

@@ -245,6 +245,25 @@ def sum_of_rows(weights: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Ar
     )
 
 
+def combine_rows(rows: PyTree, coefficients: jax.Array) -> PyTree:
+    """Returns the rows ``C J`` (k, *s), in at least float32, of rows (m, *s) and C (k, m)."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        dtype = accumulation_dtype(x, coefficients)
+        sharding = explicit_sharding(jax.typeof(x))
+        return lax.dot_general(
+            coefficients.astype(dtype),
+            x.astype(dtype),
+            (((1,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+            out_sharding=sharding
+            and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])),
+        )
+
+    return jax.tree.map(leaf, rows)
+
+
 def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns ``2**exponent`` exactly, clipped to the normal numbers of ``dtype``.
 
@@ -256,17 +275,20 @@ def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(biased << info.nmant, dtype)
 
 
-def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Computes ``x * 2**exponent`` without rounding, for every representable result.
-
-    In two factors: the whole power may lie outside the format when x does not.
-    """
+def powers_of_two(exponent: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns two factors of ``2**exponent``, which may lie outside the format as a whole."""
     half = exponent // 2
-    return x * power_of_two(half, x.dtype) * power_of_two(exponent - half, x.dtype)
+    return power_of_two(half, dtype), power_of_two(exponent - half, dtype)
 
 
-def _row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    # Per row: whether it has a non-zero entry, and e with 2^(e-1) <= |largest entry| < 2^e.
+def ldexp(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Computes ``x * 2**exponent`` without rounding, for every representable result."""
+    first, second = powers_of_two(exponent, x.dtype)
+    return x * first * second
+
+
+def row_exponents(jacobian: PyTree, m: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns per row whether it has a non-zero entry, and e: 2^(e-1) <= |largest entry| < 2^e."""
     largest = jnp.zeros((m,), dtype)
     for x in jax.tree.leaves(jacobian):
         if x.size:
@@ -283,16 +305,18 @@ def _largest_exponent(nonzero: jax.Array, exponent: jax.Array) -> jax.Array:
     return jnp.where(top == lowest, 0, top)
 
 
-def _scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
-    return jax.tree.map(lambda x: ldexp(x.astype(dtype), column(exponent, x)), jacobian)
+def scale_rows(jacobian: PyTree, exponent: jax.Array, dtype: jnp.dtype) -> PyTree:
+    """Multiplies row i of every leaf by ``2**exponent[i]``, in ``dtype``."""
+    first, second = powers_of_two(exponent, dtype)
+    return jax.tree.map(lambda x: x.astype(dtype) * column(first, x) * column(second, x), jacobian)
 
 
 def row_norms(jacobian: PyTree) -> jax.Array:
     """Returns the (m,) Euclidean norms of the rows, without overflow on the way."""
     m, dtype = num_rows(jacobian), accumulation_dtype(jacobian)
-    _, exponent = _row_exponents(jacobian, m, dtype)
+    _, exponent = row_exponents(jacobian, m, dtype)
     total = jnp.zeros((m,), dtype)
-    for x in jax.tree.leaves(_scale_rows(jacobian, -exponent, dtype)):
+    for x in jax.tree.leaves(scale_rows(jacobian, -exponent, dtype)):
         total = total + jnp.sum(x * x, axis=tuple(range(1, x.ndim)))
     return ldexp(jnp.sqrt(whole(total)), exponent)
 
@@ -315,8 +339,22 @@ def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
     """
     m = num_rows(jacobian)
     dtype = accumulation_dtype(jacobian)
-    nonzero, exponent = _row_exponents(jacobian, m, dtype)
-    product = gramian(_scale_rows(jacobian, -exponent, dtype))
+    nonzero, exponent = row_exponents(jacobian, m, dtype)
+    product = gramian(scale_rows(jacobian, -exponent, dtype))
+    return in_one_scale(product, nonzero, exponent)
+
+
+def in_one_scale(
+    product: jax.Array, nonzero: jax.Array, exponent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `balanced_gramian`, given the Gramian of rows that are each in a scale of its own.
+
+    Args:
+      product: The ``(m, m)`` Gramian of the rows times ``2**-exponent``.
+      nonzero: ``(m,)``, whether a row has an entry that is not zero.
+      exponent: ``(m,)``.
+    """
+    dtype = product.dtype
     top = _largest_exponent(nonzero, exponent)
     below = jnp.minimum(exponent - top, 0)
     # Its products with other rows would stay when its square is gone.
@@ -334,7 +372,7 @@ def without_rounding(update: PyTree, jacobian: PyTree, weights: jax.Array) -> Py
     its direction; at a Pareto-stationary point the answer is 0.
     """
     m, dtype = num_rows(jacobian), accumulation_dtype(jacobian)
-    nonzero, exponent = _row_exponents(jacobian, m, dtype)
+    nonzero, exponent = row_exponents(jacobian, m, dtype)
     top = _largest_exponent(nonzero, exponent)
     sizes = jnp.where(nonzero, power_of_two(jnp.minimum(exponent - top, 0), dtype), 0)
     bound = 8 * jnp.finfo(dtype).eps * jnp.sum(jnp.abs(weights).astype(dtype) * sizes)

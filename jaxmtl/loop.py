@@ -80,7 +80,7 @@ def apply_updates(
     """
     checks.check_updates(params, updates)
     if state is not None:
-        checks.check_state(*state)
+        checks.check_shapes_stay(*state)
         report_skips(*state, on_skip)
     elif on_skip is not None:
         raise ValueError(
@@ -146,7 +146,7 @@ def check(
         if "unexpected keyword" not in str(error):
             raise
         update, state, new = jax.eval_shape(step, jacobian, params, inputs)
-    checks.check_state(state, new)
+    checks.check_shapes_stay(state, new)
     checks.check_updates(params, update)
 
 

@@ -423,7 +423,7 @@ P, X = jnp.ones(3), jnp.ones((4, 3))
         (lambda: value_and_gramian(lambda p: p > 0)(P), "floating point losses, got bool"),
         (lambda: value_and_gramian(_scalar, in_axes=(None, 0), encoder=_scalar), "got both"),
         (lambda: value_and_gramian(_scalar, in_axes=(None, 0), chunk_size=2), "no chunk_size"),
-        (lambda: value_and_gramian(_scalar, chunk_size=0), "at least 1"),
+        (lambda: value_and_gramian(_scalar, chunk_size=0), "a positive int"),
         (lambda: value_and_gramian(3), "a losses function, got int"),
         (lambda: value_and_gramian(lambda p: p, shared={"b": True})({"a": P}), "prefix"),
         (lambda: value_and_gramian(lambda p: p["a"], shared={"a": 1})({"a": P}), "True or False"),

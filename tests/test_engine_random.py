@@ -58,6 +58,13 @@ MATRIX = {
     "batched": lambda h, w: jnp.einsum("td,ted->te", h, jnp.stack([w, w.T])),
     "jitted": lambda h, w: jax.jit(lambda a, b: jax.nn.relu(a) @ b)(h, w),
     "cond": lambda h, w: lax.cond(h[0, 0] > 0, lambda: h @ w, lambda: h - w[0]),
+    "branch": lambda h, w: lax.cond(h[0, 0] > 0, lambda: jnp.log(h[0, 0]) * w[:T], lambda: h @ w),
+    "affine": lambda h, w: h @ (2 * w - jnp.eye(D) + w.T / jnp.arange(1.0, D + 1)[:, None]),
+    "rounded": lambda h, w: h @ (w + lax.stop_gradient(jnp.round(w) - w)),
+    "merged": lambda h, w: h @ (w[:, :2] @ w[2:, :] + w),
+    "product": lambda h, w: h @ (w @ jnp.tri(D)) + h @ (w @ w),
+    "chosen": lambda h, w: h @ (w * w[0]) + w[jnp.argmax(h[0])],
+    "column": lambda h, w: h + w[:, jnp.argmax(h[0])],
 }
 VECTOR = {
     "bias": lambda h, v: h + v,

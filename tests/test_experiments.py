@@ -1,7 +1,11 @@
 """The studies run end to end in seconds, and their data are what they claim."""
 
 import json
+import re
+import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +13,8 @@ import pytest
 
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
+import jaxmtl  # noqa: E402
+from experiments import methods, timing  # noqa: E402
 from experiments.claims import mean_and_error  # noqa: E402
 from experiments.images import load_sklearn_digits  # noqa: E402
 from experiments.multimnist import __main__ as multimnist  # noqa: E402
@@ -16,7 +22,17 @@ from experiments.multimnist import report as multimnist_report  # noqa: E402
 from experiments.multimnist.data import make_pairs, paint, read_pairs  # noqa: E402
 from experiments.multimnist.networks import ConvPool  # noqa: E402
 from experiments.multimnist.train import METHODS  # noqa: E402
-from experiments.study import append_records, config_of  # noqa: E402
+from experiments.study import (  # noqa: E402
+    Job,
+    Part,
+    Report,
+    Study,
+    Table,
+    append_records,
+    config_of,
+    read_records,
+)
+from tests import methods as conformance  # noqa: E402
 
 
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
@@ -185,3 +201,96 @@ def test_convolution_with_pooling_is_what_flax_computes():
 def test_standard_error_is_that_of_the_mean():
     assert mean_and_error([1.0, 3.0]) == (2.0, 1.0)
     assert np.isnan(mean_and_error([1.0])[1])
+
+
+# --- the house ------------------------------------------------------------------------------------
+
+ROOT = Path(methods.__file__).parent
+STUDIES = ("toy", "stochastic_quadratic", "multimnist", "iwrm", "tabular")
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_imports_no_other_and_no_benchmark(study):
+    for path in (ROOT / study).rglob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) experiments\.(\w+)", path.read_text(), re.M)
+        assert not set(imported) & {*STUDIES, "benchmarks", "examples"} - {study}, path
+
+
+def test_one_table_knows_every_method_and_studies_only_change_it():
+    by_hand = {method.name for method in conformance.METHODS if method.needs != "a rule"}
+    assert by_hand - set(methods.METHODS) <= {"clip_rows", "track_gradients"}  # row transforms
+    cagrad = methods.METHODS["cagrad"]
+    rows, params = np.array([[2.0, 0.0], [-1.0, 1.0]], np.float32), np.zeros(2, np.float32)
+
+    def update_of(rule):
+        return np.asarray(rule.update(rows, rule.init(params), params)[0])
+
+    for made, expected in (
+        (cagrad.make(2), jaxmtl.cagrad(0.4)),
+        (cagrad.using(c=0.9).make(2), jaxmtl.cagrad(0.9)),
+        (cagrad._replace(asks=("c",)).build(2, c=0.2, weights=None), jaxmtl.cagrad(0.2)),
+    ):
+        np.testing.assert_array_equal(update_of(made), update_of(expected))
+    halved = methods.METHODS["pcgrad"].then(methods.mean).make(2)
+    np.testing.assert_allclose(update_of(halved), update_of(jaxmtl.pcgrad()) / 2, rtol=1e-6)
+    assert {methods.needs(methods.METHODS[n]) for n in ("famo", "rgw")} == {"none"}
+    assert methods.needs(methods.METHODS["mgda"]) == "Gramian"
+    assert methods.needs(methods.METHODS["graddrop"]) == "coordinates"
+
+
+def test_the_driver_writes_job_by_job_and_goes_on_where_it_stopped(tmp_path, capsys):
+    ran = []
+
+    def run(number, say):
+        if number == 2 and not ran[2:]:
+            ran.append("stopped")
+            raise InterruptedError
+        ran.append(number)
+        say(f"job {number}")
+        return [{"number": number, "config": {"steps": 3}}]
+
+    def plan(args):
+        def jobs(results):
+            done = {record["number"] for record in results.records}
+            return [Job(f"job {n}", partial(run, n)) for n in range(4) if n not in done]
+
+        yield Part("numbers", jobs, [{"steps": args.steps}])
+
+    def report(folder, args):
+        records = read_records(folder / "numbers.jsonl")
+        return Report([Table("Numbers", ("n",), [(str(r["number"]),) for r in records])], {})
+
+    study = Study(
+        "toy", ("",), ("a", "b"), (), plan, report, lambda folder: [],
+        {"--steps": {"type": int, "default": 3}},
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        study.main(["--out", str(tmp_path)])
+    study.main(["--out", str(tmp_path), "--resume"])
+    records = read_records(tmp_path / "toy" / "numbers.jsonl")
+    assert [record["number"] for record in records] == [0, 1, 2, 3]
+    assert all(record["versions"]["jaxmtl"] == jaxmtl.__version__ for record in records)
+    assert ran == [0, 1, "stopped", 2, 3]
+    assert "job 3" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected the options of"):
+        study.main(["--out", str(tmp_path), "--resume", "--steps", "4"])
+    study.main(["--out", str(tmp_path)])  # without --resume the file starts anew
+    assert ran[-4:] == [0, 1, 2, 3]
+    assert len(read_records(tmp_path / "toy" / "numbers.jsonl")) == 4
+    with pytest.raises(SystemExit):
+        study.main(["--out", str(tmp_path), "--methods", "c"])
+
+
+def test_programs_are_timed_in_turn_until_one_has_had_its_time():
+    order = []
+    runs = {name: partial(order.append, name) for name in "ab"}
+    times = timing.interleaved(runs, repeats=6)
+    assert all(len(found) >= 6 for found in times.values())
+    assert order[:2] == ["a", "b"]  # once to warm up, then five of each, of which three count
+    assert order[2:12] == ["a"] * 5 + ["b"] * 5
+    slow = timing.interleaved({"slow": partial(time.sleep, 0.11), "a": runs["a"]}, 6, 0.1)
+    assert len(slow["slow"]) == 3
+    assert timing.median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 2.0]) == 2.0
+    program = timing.compiled(lambda x, y: x @ y, np.ones((4, 4)), np.ones((4, 4)))
+    assert program.flops == pytest.approx(2 * 4**3, rel=0.3)
+    np.testing.assert_array_equal(program.run(), 4 * np.ones((4, 4)))

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxmtl
 from experiments.benchmarks.models import MODELS, Model
 from experiments.iwrm.networks import ARCHITECTURES
 from experiments.study import append_records
-from experiments.timing import Program, compiled, interleaved
-from jaxmtl.engine import value_and_grad
+from experiments.timing import Program, compiled, descend, interleaved
+from experiments.timing import make_step as rule_step
 
 PyTree = Any
 
@@ -44,21 +43,6 @@ class Options:
     seconds: float = 5.0  # a method stops after so long in timed steps
     learning_rate: float = 0.01
     out: Path | None = None  # JSON lines are appended here
-
-
-def _descend(params: PyTree, grads: PyTree, learning_rate: float) -> PyTree:
-    return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads)
-
-
-def _sgd(model: Model, lr: float) -> Callable[..., Any]:
-    def step(params: PyTree, x: jax.Array, y: jax.Array) -> Any:
-        def mean_loss(params: PyTree) -> jax.Array:
-            return jnp.mean(jax.vmap(model.loss, (None, 0, 0))(params, x, y))
-
-        loss, grads = jax.value_and_grad(mean_loss)(params)
-        return _descend(params, grads, lr), loss
-
-    return step
 
 
 def _explicit(model: Model, lr: float, forward: bool) -> Callable[..., Any]:
@@ -78,18 +62,7 @@ def _explicit(model: Model, lr: float, forward: bool) -> Callable[..., Any]:
         weights, _ = aggregator.weighting.update(
             jaxmtl.gramian(jacobian), aggregator.weighting.init(), losses=losses
         )
-        return _descend(params, jaxmtl.combine(jacobian, weights), lr), losses
-
-    return step
-
-
-def _structured(model: Model, lr: float) -> Callable[..., Any]:
-    aggregator = jaxmtl.upgrad()
-    fun = value_and_grad(model.loss, aggregator, in_axes=(None, 0, 0))
-
-    def step(params: PyTree, x: jax.Array, y: jax.Array) -> Any:
-        (losses, _), grads = fun(params, aggregator.init(params), x, y)
-        return _descend(params, grads, lr), losses
+        return descend(params, jaxmtl.combine(jacobian, weights), lr), losses
 
     return step
 
@@ -158,13 +131,14 @@ def make_step(method: str, name: str, model: Model, batch: Any, lr: float) -> Pr
     if method in ("autogram", "autojac"):
         x, y = batch
         return _torchjd(name, method, x, y, lr)
-    makers = {
-        "sgd": lambda: _sgd(model, lr),
-        "vmap(grad)": lambda: _explicit(model, lr, forward=True),
-        "jacrev": lambda: _explicit(model, lr, forward=False),
-        "jaxmtl": lambda: _structured(model, lr),
-    }
-    return compiled(makers[method](), model.params, *batch)
+    axes = (None, 0, 0)
+    if method in ("sgd", "jaxmtl"):
+        rule = jaxmtl.upgrad() if method == "jaxmtl" else None
+        state = rule.init(model.params) if rule else ()
+        step = rule_step(model.loss, rule, rate=lr, in_axes=axes)
+        return compiled(step, model.params, state, *batch)
+    step = _explicit(model, lr, forward=method == "vmap(grad)")
+    return compiled(step, model.params, *batch)
 
 
 def main() -> None:

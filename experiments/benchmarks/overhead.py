@@ -26,14 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import methods
+from experiments import methods, timing
 from experiments.methods import METHODS
 from experiments.study import append_records, environment
 from experiments.timing import Program, compiled, interleaved, ratio_of
 from experiments.timing import flops_of as flops_of
-from jaxmtl import apply_updates, value_and_grad, value_and_jacobian
-
-Step = Callable[..., Any]
 
 # Those that promise the price of one gradient: they see losses, and no second batch.
 LOSS_RULES: dict[str, Callable[[int], Any]] = {
@@ -80,37 +77,13 @@ def extras(num_tasks: int) -> dict[str, jax.Array]:
 
 def gradient_step(params: Any, x: jax.Array, y: jax.Array) -> Any:
     """Takes a step on the mean loss, the unit of the table."""
-
-    def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        losses = task_losses(params, x, y)
-        return jnp.mean(losses), losses
-
-    (_, losses), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
-    return losses, descend(params, grads)
+    return timing.make_step(task_losses, None)(params, (), x, y)
 
 
-def descend(params: Any, grads: Any) -> Any:
-    """Returns the parameters after a step."""
-    return apply_updates(params, jax.tree.map(lambda g: -0.01 * g, grads))
-
-
-def make_step(aggregator: Any, num_tasks: int) -> Step:
-    """Returns one step of a rule, on the Jacobian-free route where it has a weighting."""
-
-    def with_jacobian(params: Any, state: Any, x: jax.Array, y: jax.Array, inputs: Any) -> Any:
-        losses, jacobian = value_and_jacobian(task_losses)(params, x, y)
-        update, state = aggregator.update(jacobian, state, params, losses=losses, **inputs)
-        return losses, state, descend(params, update)
-
-    if aggregator.weighting is None:
-        return with_jacobian
-    function = value_and_grad(task_losses, aggregator, chunk_size=num_tasks)
-
-    def without(params: Any, state: Any, x: jax.Array, y: jax.Array, inputs: Any) -> Any:
-        (losses, state), grads = function(params, state, x, y, **inputs)
-        return losses, state, descend(params, grads)
-
-    return without
+def make_step(aggregator: Any, num_tasks: int) -> Callable[..., Any]:
+    """Returns one step of a rule, of which the last argument is a dict of further inputs."""
+    step = timing.make_step(task_losses, aggregator, chunk_size=num_tasks)
+    return lambda params, state, x, y, inputs: step(params, state, x, y, **inputs)
 
 
 def measure(options: Options) -> list[dict[str, Any]]:
@@ -149,10 +122,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'operations / time':<24}" + "".join(f"{f'm = {m}':>16}" for m in tasks)]
     for rule in dict.fromkeys(record["rule"] for record in records):
         ratios = [cells.get((rule, m)) for m in tasks]  # some rules need more tasks
-        row = (
-            f"{r['flops_ratio'] or float('nan'):.2f} / {r['time_ratio']:.2f}" if r else ""
-            for r in ratios
-        )
+        row = (f"{r['flops_ratio']:.2f} / {r['time_ratio']:.2f}" if r else "" for r in ratios)
         lines.append(f"{rule:<24}" + "".join(f"{cell:>16}" for cell in row))
     return "\n".join(lines)
 

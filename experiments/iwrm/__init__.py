@@ -2,6 +2,7 @@
 
     python -m experiments.iwrm --data-dir DIR --out experiments/results     # four hours
     python -m experiments.iwrm --paper --full-search                        # the paper's scale
+    python -m experiments.iwrm --data-dir DIR --parts kmnist                # or eurosat, svhn
 
 Small convolutional networks learn 1,024 images by SGD; each step turns the gradients of the 32
 images of a batch into one by each of the paper's eleven aggregators. For every aggregator and seed
@@ -20,7 +21,10 @@ an accelerator the full search maps the seeds.
 **Differs from** the paper, unless by ``--paper`` and ``--full-search``: fewer seeds but for MNIST,
 fewer aggregators with Adam and other batch sizes, and a search that walks over the same 22 coarse
 rates to a minimum of the area instead of trying all 72 rates. SVHN, EuroSAT and Kuzushiji-MNIST are
-not trained: no data was at hand. The folder that made the results holds the first 10,000 training
-images of CIFAR-10 only; subsets are drawn from these. c of CAGrad is not stated: 0.5. Loss curves
-are means over the batches of an epoch, without smoothing; the area is their mean.
+not trained yet: ``--parts`` names them. ``--data-dir`` may hold the publishers' own files of the
+latter two (``experiments.images``) in place of TFDS's. The folder that made the results holds the
+first 10,000 training images of CIFAR-10 only; subsets are drawn from these. c of CAGrad is not
+stated: 0.5. Loss curves are means over the batches of an epoch, without smoothing; the area is
+their mean. The ridge of ``*_ridge`` is a share of the Gramian's trace, as in TorchJD since 0.6, not
+of its largest eigenvalue, as at the paper's time.
 """

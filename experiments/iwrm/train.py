@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 import jaxmtl
-from experiments.images import load_sklearn_digits, load_tfds_images
+from experiments.images import load_local_images, load_sklearn_digits, load_tfds_images
 from experiments.iwrm.methods import METHODS, OPTIMIZERS
 from experiments.iwrm.networks import ARCHITECTURES, Architecture, Params, init, logits
 from experiments.methods import needs
@@ -35,8 +35,12 @@ class Options:
 
 # --- data ---------------------------------------------------------------------------------------
 
-# Those of grey images share MNIST's.
-NETWORKS = dict.fromkeys(("digits", "mnist", "fashion_mnist"), "mnist") | {"cifar10": "cifar10"}
+# By the names of TFDS; those of gray images share MNIST's.
+NETWORKS = dict.fromkeys(("digits", "mnist", "fashion_mnist", "kmnist"), "mnist") | {
+    "cifar10": "cifar10",
+    "svhn_cropped": "svhn",
+    "eurosat/rgb": "eurosat",
+}
 
 
 @cache
@@ -46,7 +50,9 @@ def load(dataset: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
         images, labels = load_sklearn_digits("train")
         images = np.kron(images, np.ones((1, 2, 2), np.uint8))  # 8 x 8 is too little to convolve
     else:
-        images, labels = load_tfds_images(dataset, "train", data_dir=data_dir)
+        images, labels = load_local_images(dataset, data_dir) or load_tfds_images(
+            dataset, "train", data_dir=data_dir
+        )
     x = images.reshape(*images.shape[:3], -1).astype(np.float32) / 255
     return (x - x.mean(axis=(0, 1, 2))) / x.std(axis=(0, 1, 2)), labels
 

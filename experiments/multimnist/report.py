@@ -1,7 +1,7 @@
 """What the results of MultiMNIST say: tables, figures and the paper's claims."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from experiments.claims import Claim, above_error, judge, mean_and_error, show
-from experiments.study import Record, Report, read_records
+from experiments.claims import Claim, above_error, claim, mean_and_error, show
+from experiments.study import Record, Report, Table, read_records
 
 TASKS = ("left", "right")
 # Of the methods in tables and figures.
@@ -77,31 +76,22 @@ def title_of(records: Sequence[Record]) -> str:
 def make_table(records: Sequence[Record]) -> Table:
     """Returns the table of test metrics, beside the paper's where it has them."""
     groups = by_batch_size(records)
+    several = len(groups) > 1
     beside_paper = records[0]["config"]["dataset"] == "mnist"
-    table = Table(title=title_of(records))
-    if len(groups) > 1:
-        table.add_column("batch", justify="right")
-    table.add_column("method", no_wrap=True)
-    for header in ("left acc. %", "right acc. %", "left loss", "right loss", "conflict %"):
-        table.add_column(header, justify="right")
-    if beside_paper:
-        quantity = "loss" if len(groups) > 1 else "acc. %"
-        table.add_column(f"Zhou 2022 {quantity}", justify="right")
-    table.add_column("seeds", justify="right")
+    header = ["method", "left acc. %", "right acc. %", "left loss", "right loss", "conflict %"]
+    header = ["batch"] * several + header
+    header += [f"Zhou 2022 {'loss' if several else 'acc. %'}"] * beside_paper + ["seeds"]
+    rows = []
     for batch_size, group in groups.items():
         for method, summary in summarise(group).items():
-            cells = [str(batch_size), method] if len(groups) > 1 else [method]
+            cells = [str(batch_size)] * several + [method]
             cells += [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
             cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
             cells += [show(summary["conflict"], digits=1)]
-            if beside_paper:
-                theirs = PAPER_LOSSES.get((method, batch_size))
-                if len(groups) == 1:
-                    theirs = PAPER.get(method)
-                cells += ["{:.2f} / {:.2f}".format(*theirs) if theirs else ""]
-            table.add_row(*cells, str(len(summary["conflict"])))
-        table.add_section()
-    return table
+            theirs = PAPER_LOSSES.get((method, batch_size)) if several else PAPER.get(method)
+            cells += ["{:.2f} / {:.2f}".format(*theirs) if theirs else ""] * beside_paper
+            rows.append([*cells, str(len(summary["conflict"]))])
+    return Table(title_of(records), header, rows, names=1 + several)
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
@@ -198,81 +188,64 @@ def both_tasks(values: np.ndarray, digits: int) -> str:
     return " and ".join(show(column.tolist(), digits=digits, sign="+") for column in values.T)
 
 
-def claims_of_table1(records: Sequence[Record]) -> list[Claim]:
+def both_gains(text: str, source: str, gain: np.ndarray, digits: int, paper: str) -> Claim:
+    """Returns the claim that gains (seeds, 2) exceed their errors on both tasks."""
+    conditions = [above_error(column) for column in gain.T]
+    return claim(text, source, both_tasks(gain, digits), conditions, paper=paper)
+
+
+def claims_of_table1(records: Sequence[Record]) -> Iterator[Claim]:
     """Judges that each CR- form is more accurate than its plain method."""
     accuracy = finals(records, "accuracy")
-    claims = []
     for size, plain in accuracy:
         reduced = PAIRS.get(plain)
-        if reduced is None or (size, reduced) not in accuracy:
-            continue
-        gain = accuracy[size, reduced] - accuracy[size, plain]
-        paper = np.subtract(PAPER[reduced], PAPER[plain])
-        claims.append(
-            Claim(
+        if reduced is not None and (size, reduced) in accuracy:
+            yield both_gains(
                 f"`{reduced}` is more accurate than `{plain}` on both digits of MultiMNIST (%)",
                 "Zhou 2022, table 1",
-                "{:+.2f} and {:+.2f}".format(*paper),
-                both_tasks(gain, 2),
-                judge(above_error(column) for column in gain.T),
+                accuracy[size, reduced] - accuracy[size, plain],
+                2,
+                paper="{:+.2f} and {:+.2f}".format(*np.subtract(PAPER[reduced], PAPER[plain])),
             )
-        )
-    return claims
 
 
-def claims_of_table2(records: Sequence[Record]) -> list[Claim]:
+def claims_of_table2(records: Sequence[Record]) -> Iterator[Claim]:
     """Judges what batches of 8, 4 and 2 do; each condition is a mean above its error, per task."""
     loss = finals(records, "loss")
     sizes = list(by_batch_size(records))
     if len(sizes) < 2:
-        return []
+        return
     large, small = sizes[0], sizes[-1]
-
-    def known(*methods: str) -> bool:
-        return all((size, method) in loss for size in sizes for method in methods)
-
-    claims = []
-    if known("mgda"):
-        growth = loss[small, "mgda"] - loss[large, "mgda"]
-        paper = np.subtract(PAPER_LOSSES["mgda", small], PAPER_LOSSES["mgda", large])
-        claims.append(
-            Claim(
-                f"The loss of `mgda` grows as the batch shrinks from {large} to {small}",
-                "Zhou 2022, table 2",
-                "{:+.2f} and {:+.2f}".format(*paper),
-                both_tasks(growth, 3),
-                judge(above_error(column) for column in growth.T),
-            )
+    known = {name for _, name in loss if all((size, name) in loss for size in sizes)}
+    theirs = {key: np.array(pair) for key, pair in PAPER_LOSSES.items()}
+    if "mgda" in known:
+        growth = theirs["mgda", small] - theirs["mgda", large]
+        yield both_gains(
+            f"The loss of `mgda` grows as the batch shrinks from {large} to {small}",
+            "Zhou 2022, table 2",
+            loss[small, "mgda"] - loss[large, "mgda"],
+            3,
+            paper="{:+.2f} and {:+.2f}".format(*growth),
         )
     for plain, reduced in PAIRS.items():
-        if not known(plain, reduced):
+        if not {plain, reduced} <= known:
             continue
         gains = {size: loss[size, plain] - loss[size, reduced] for size in sizes}
-        paper = {
-            size: np.subtract(PAPER_LOSSES[plain, size], PAPER_LOSSES[reduced, size])
-            for size in sizes
-            if (plain, size) in PAPER_LOSSES
-        }
-        claims.append(
-            Claim(
-                f"The loss of `{reduced}` is lower than that of `{plain}` at every batch size",
-                "Zhou 2022, table 2 and section 6",
-                "; ".join("{}: {:+.2f} and {:+.2f}".format(b, *v) for b, v in paper.items()),
-                "; ".join(f"{b}: {both_tasks(gain, 3)}" for b, gain in gains.items()),
-                judge(above_error(column) for gain in gains.values() for column in gain.T),
-            )
+        paper = {b: theirs[plain, b] - theirs[reduced, b] for b in sizes if (plain, b) in theirs}
+        yield claim(
+            f"The loss of `{reduced}` is lower than that of `{plain}` at every batch size",
+            "Zhou 2022, table 2 and section 6",
+            "; ".join(f"{b}: {both_tasks(gain, 3)}" for b, gain in gains.items()),
+            [above_error(column) for gain in gains.values() for column in gain.T],
+            paper="; ".join("{}: {:+.2f} and {:+.2f}".format(b, *v) for b, v in paper.items()),
         )
-        growth = gains[small] - gains[large]
-        claims.append(
-            Claim(
-                f"That advantage of `{reduced}` is larger at batch size {small} than at {large}",
-                "Zhou 2022, table 2 and section 1",
-                "{:+.2f} and {:+.2f}".format(*(paper[small] - paper[large])) if paper else "",
-                both_tasks(growth, 3),
-                judge(above_error(column) for column in growth.T),
-            )
+        yield both_gains(
+            f"That advantage of `{reduced}` is larger at batch size {small} than at {large}",
+            "Zhou 2022, table 2 and section 1",
+            gains[small] - gains[large],
+            3,
+            paper="{:+.2f} and {:+.2f}".format(*(paper[small] - paper[large])) if paper else "",
         )
-    return claims
 
 
 def claims(folder: Path) -> list[Claim]:
@@ -282,7 +255,7 @@ def claims(folder: Path) -> list[Claim]:
     exceeds its standard error. A claim needs the condition on both digits.
     """
     table1, table2 = (read_records(folder / f"{name}.jsonl") for name in ("mnist", "mnist_batches"))
-    return claims_of_table1(table1) + claims_of_table2(table2)
+    return [*claims_of_table1(table1), *claims_of_table2(table2)]
 
 
 def report(folder: Path, args: argparse.Namespace) -> Report:

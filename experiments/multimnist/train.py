@@ -38,12 +38,11 @@ def inverse_sqrt(step: jax.Array) -> jax.Array:
 
 LIBRARY = methods.METHODS
 _CHANGED = {
-    "pcgrad": LIBRARY["pcgrad_mean"],
-    **{
-        name: methods.METHODS[name].then(methods.mean) for name in ("gradvac", "graddrop", "config")
-    },
+    # Some papers define a sum over tasks: divided by m, one learning rate suits all methods.
+    **{name: LIBRARY[name].using(reduction="mean") for name in ("pcgrad", "gradvac", "graddrop")},
+    "config": LIBRARY["config"].then(methods.mean),
     # Their authors' codes bound the norm of the update by 1 too: it does not vanish with J.
-    **{name: methods.METHODS[name].using(max_norm=1.0) for name in ("nash_mtl", "fairgrad")},
+    **{name: LIBRARY[name].using(max_norm=1.0) for name in ("nash_mtl", "fairgrad")},
 }
 
 

@@ -34,7 +34,7 @@ from experiments.study import Job, Part, Record, Results, Say, Study, config_of
 METHODS = {
     BASELINE: methods.METHODS[BASELINE],
     "mgda": methods.METHODS["mgda"],
-    "pcgrad": methods.METHODS["pcgrad_mean"],
+    "pcgrad": methods.METHODS["pcgrad"].using(reduction="mean"),
     "cagrad(0.4)": methods.METHODS["cagrad"],
     "cagrad(0.9)": methods.METHODS["cagrad"].using(c=0.9),
 }

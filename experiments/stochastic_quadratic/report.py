@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from rich.table import Table
 
-from experiments.claims import Claim, above_error, judge, mean_and_error, show
-from experiments.study import Record, Report, read_records
+from experiments.claims import Claim, above_error, claim, listed, mean_and_error, show
+from experiments.study import Record, Report, Table, read_records
 
 NAME = "quadratic"  # of the results file
 BASELINE = "linear_scalarization"  # its weights do not depend on the noise
@@ -39,39 +38,38 @@ def find(records: Sequence[Record], method: str, form: str, noise: str) -> Recor
 
 def make_tables(records: Sequence[Record]) -> list[Table]:
     """Returns the table of exact expectations and that of the runs."""
-    directions = Table(title="Expected direction, exact (positive: away from the Pareto set)")
-    directions.add_column("method", no_wrap=True)
-    headers = (
-        "E d_y at (0, 0.4)", "one draw for both", f"least, y <= {GAP}", "up for all x to y =",
-        "E d_y = 0 at (0, y)",
-    )  # fmt: skip
-    for header in headers:
-        directions.add_column(header, justify="right")
-    for record in of_kind(records, "expectation"):
-        cells = (record["at_start"][1], record["at_start_shared"][1], record["least_below_gap"])
-        more = (record["strip"], record["equilibrium"])
-        directions.add_row(
-            record["method"], *(f"{c:+.4f}" for c in cells), *(f"{c:.3f}" for c in more)
-        )
-    runs = Table(title="After the last step, mean ± standard error over seeds")
-    for header in ("noise", "method", "form"):
-        runs.add_column(header, no_wrap=True)
-    for header in ("loss 1", "loss 2", "distance", "distance at k / 10"):
-        runs.add_column(header, justify="right")
-    for noise in NOISES:
-        for record in of_kind(records, "run"):
-            if record["noise"] == noise:
-                final = record["final"]
-                runs.add_row(
-                    noise,
-                    record["method"],
-                    record["form"],
-                    show(final["loss1"], digits=3),
-                    show(final["loss2"], digits=3),
-                    show(final["distance"], digits=4),
-                    f"{earlier(record)[0]:.4f}",
-                )
-        runs.add_section()
+    signed, plain = ("at_start", "at_start_shared", "least_below_gap"), ("strip", "equilibrium")
+    directions = Table(
+        "Expected direction, exact (positive: away from the Pareto set)",
+        (
+            *("method", "E d_y at (0, 0.4)", "one draw for both", f"least, y <= {GAP}"),
+            *("up for all x to y =", "E d_y = 0 at (0, y)"),
+        ),
+        [
+            (
+                record["method"],
+                *(f"{np.ravel(record[name])[-1]:+.4f}" for name in signed),
+                *(f"{record[name]:.3f}" for name in plain),
+            )
+            for record in of_kind(records, "expectation")
+        ],
+    )
+    digits = {"loss1": 3, "loss2": 3, "distance": 4}
+    runs = Table(
+        "After the last step, mean ± standard error over seeds",
+        ("noise", "method", "form", "loss 1", "loss 2", "distance", "distance at k / 10"),
+        [
+            (
+                *(record[name] for name in ("noise", "method", "form")),
+                *(show(record["final"][name], digits=n) for name, n in digits.items()),
+                f"{earlier(record)[0]:.4f}",
+            )
+            for noise in NOISES
+            for record in of_kind(records, "run")
+            if record["noise"] == noise
+        ],
+        names=3,
+    )
     return [directions, runs]
 
 
@@ -133,11 +131,6 @@ def draw(records: Sequence[Record], path: Path) -> None:
 # --- claims -------------------------------------------------------------------------------------
 
 
-def listed(values: dict[str, str]) -> str:
-    """Returns "method: value" for all."""
-    return "; ".join(f"{name} {value}" for name, value in values.items())
-
-
 def claims_of_theorem(records: Sequence[Record]) -> list[Claim]:
     """Judges signs of exact expectations: a condition per method."""
     facts = {r["method"]: r for r in of_kind(records, "expectation") if r["method"] in STUDIED}
@@ -146,21 +139,19 @@ def claims_of_theorem(records: Sequence[Record]) -> list[Claim]:
     start = {name: fact["at_start"] for name, fact in facts.items()}
     least = {name: fact["least_below_gap"] for name, fact in facts.items()}
     return [
-        Claim(
+        claim(
             "At (0, 0.4) the expected direction points straight away from the Pareto set",
             "Zhou 2022, section 4 and figure 1a",
-            "(0, e), e > 0",
-            listed(
-                {name: f"({round(x, 3) + 0.0:.3f}, {y:+.3f})" for name, (x, y) in start.items()}
-            ),
-            judge(abs(x) < 1e-6 < y for x, y in start.values()),
+            listed(start, lambda d: f"({round(d[0], 3) + 0.0:.3f}, {d[1]:+.3f})"),
+            [abs(x) < 1e-6 < y for x, y in start.values()],
+            paper="(0, e), e > 0",
         ),
-        Claim(
+        claim(
             "For every x in [-1, 1] and y in [0, 0.05] the expected direction points away",
             "Zhou 2022, theorem 1 (its proof's range)",
-            "E d_y > 0",
-            listed({name: f"at least {value:+.3f}" for name, value in least.items()}),
-            judge(value > 0 for value in least.values()),
+            listed(least, "at least {:+.3f}".format),
+            [value > 0 for value in least.values()],
+            paper="E d_y > 0",
         ),
     ]
 
@@ -190,26 +181,26 @@ def claims_of_runs(records: Sequence[Record], noise: str, source: str) -> list[C
         return mean + error < min(GAP, before)
 
     def distances(runs: dict[str, Record]) -> str:
-        return listed({name: show(r["final"]["distance"], digits=3) for name, r in runs.items()})
+        return listed(runs, lambda record: show(record["final"]["distance"], digits=3))
 
     def losses_saved(name: str, loss: str) -> list[float]:
         pair = (plain[name]["final"][loss], reduced[name]["final"][loss])
         return list(np.subtract(*pair))
 
     found = [
-        Claim(
+        claim(
             f"MGDA, PCGrad and CAGrad keep a distance to the Pareto set ({noise} noise)",
             source,
-            "a constant gap",
             distances(plain),
-            judge(map(far, plain.values())),
+            map(far, plain.values()),
+            paper="a constant gap",
         ),
-        Claim(
+        claim(
             f"Their CR- forms converge to the Pareto set ({noise} noise)",
             source,
-            "0",
             distances(reduced),
-            judge(map(converging, reduced.values())),
+            map(converging, reduced.values()),
+            paper="0",
         ),
     ]
     if noise != "two-point":
@@ -218,29 +209,17 @@ def claims_of_runs(records: Sequence[Record], noise: str, source: str) -> list[C
     saved = {name: [losses_saved(name, loss) for loss in ("loss1", "loss2")] for name in plain}
     return [
         *found,
-        Claim(
+        claim(
             "Both losses of the plain methods first rise",
             source,
-            "",
-            listed(
-                {
-                    name: " and ".join(f"{rise:+.3f} ± {error:.3f}" for rise, error in pair)
-                    for name, pair in rises.items()
-                }
-            ),
-            judge(rise > error for pair in rises.values() for rise, error in pair),
+            listed(rises, lambda pair: " and ".join("{:+.3f} ± {:.3f}".format(*r) for r in pair)),
+            [rise > error for pair in rises.values() for rise, error in pair],
         ),
-        Claim(
+        claim(
             "Both final losses of the plain methods are larger than those of their CR- forms",
             source,
-            "",
-            listed(
-                {
-                    name: " and ".join(show(values, digits=3) for values in pair)
-                    for name, pair in saved.items()
-                }
-            ),
-            judge(above_error(values) for pair in saved.values() for values in pair),
+            listed(saved, lambda pair: " and ".join(show(v, digits=3) for v in pair)),
+            [above_error(values) for pair in saved.values() for values in pair],
         ),
     ]
 

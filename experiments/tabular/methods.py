@@ -34,7 +34,7 @@ def swept_weights(shares: np.ndarray) -> np.ndarray:
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
 
-LIBRARY = {name: methods.METHODS[name] for name in methods.library_names()}
+LIBRARY = methods.METHODS
 SINGLE = "single_task"  # a network per task; on the same footing as the methods in records
 # Adam divides the update by its size: sums and means over tasks, which differ by a factor, are
 # the same here, and one grid of learning rates serves all.

@@ -12,13 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from rich.table import Table
 from scipy.stats import rankdata, ttest_1samp
 
 import jaxmtl
-from experiments.claims import Claim, judge, mean_and_error, show
+from experiments.claims import Claim, claim, listed, mean_and_error, show
 from experiments.methods import needs
-from experiments.study import Record, Report, read_records
+from experiments.study import Record, Report, Table, read_records
 from experiments.tabular.data import CENSUS_TASKS, TASKS
 from experiments.tabular.methods import METHODS, SINGLE
 
@@ -135,35 +134,23 @@ def claims(folder: Path) -> list[Claim]:
     if not found:
         return []
 
-    def against(pick: Callable[[Results], Record]) -> tuple[str, str]:
-        rivals = {
-            name: best_rival(results, single, pick(results))
-            for name, (results, single) in found.items()
-        }
-        text = "; ".join(
-            f"{name}: best of {r.rules} {r.name} {show(r.gains.tolist(), digits=2)} %, "
+    def against(text: str, source: str, name: str, pick: Callable[[Results], Record]) -> Claim:
+        rivals = {key: best_rival(*setup, pick(setup[0])) for key, setup in found.items()}
+        ours = "; ".join(
+            f"{key}: best of {r.rules} {r.name} {show(r.gains.tolist(), digits=2)} %, "
             f"{r.beyond} beyond 2 errors, {r.significant} significant"
-            for name, r in rivals.items()
+            for key, r in rivals.items()
         )
-        return text, judge(r.significant == 0 for r in rivals.values())
+        ours = f"gain in delta_m over {name} weights: {ours}"
+        return claim(text, source, ours, [r.significant == 0 for r in rivals.values()])
 
-    equal, equal_verdict = against(lambda results: results["linear_scalarization"])
-    tuned, tuned_verdict = against(tuned_of)
+    equal, tuned = (
+        "Equal weights match every multi-task optimizer",
+        "Scalarization with weights tuned on validation data matches every optimizer",
+    )
     made = [
-        Claim(
-            "Equal weights match every multi-task optimizer",
-            "Kurin 2022",
-            "",
-            f"gain in delta_m over equal weights: {equal}",
-            equal_verdict,
-        ),
-        Claim(
-            "Scalarization with weights tuned on validation data matches every optimizer",
-            "Xin 2022",
-            "",
-            f"gain in delta_m over tuned weights: {tuned}",
-            tuned_verdict,
-        ),
+        against(equal, "Kurin 2022", "equal", lambda results: results["linear_scalarization"]),
+        against(tuned, "Xin 2022", "tuned", tuned_of),
     ]
     planes = {n: beyond_front(r) for n, (r, _) in found.items() if n.startswith("census")}
     if planes:
@@ -171,35 +158,31 @@ def claims(folder: Path) -> list[Claim]:
             f"{name}: {len(rules)} rules beyond" + (f" ({', '.join(rules)})" if rules else "")
             for name, rules in planes.items()
         )
-        made.append(
-            Claim(
+        made += [
+            claim(
                 "No optimizer leaves the front that swept weights trace",
                 "Xin 2022",
-                "",
                 f"better than each weighting on some task by 2 errors, {text}",
-                judge(not rules for rules in planes.values()),
+                [not rules for rules in planes.values()],
             )
+        ]
+    if {"census, shared_bottom", "census, mmoe"} <= found.keys():
+        bottom, mixture = (
+            np.asarray(found[f"census, {model}"][0]["linear_scalarization"]["test_auc"])
+            for model in ("shared_bottom", "mmoe")
         )
-    pair = [found.get(f"census, {model}") for model in ("shared_bottom", "mmoe")]
-    if pair[0] and pair[1]:
-        bottom, mixture = (np.asarray(p[0]["linear_scalarization"]["test_auc"]) for p in pair if p)
-        gaps = 100 * (mixture - bottom).T
-        points = [mean_and_error(gap.tolist()) for gap in gaps]
-        made.append(
-            Claim(
+        gaps = dict(zip(CENSUS_TASKS, (100 * (mixture - bottom).T).tolist(), strict=True))
+        points = [mean_and_error(gap) for gap in gaps.values()]
+        text = listed(gaps, partial(show, digits=3), ", ")
+        made += [
+            claim(
                 "Multi-gate mixture of experts beats the shared bottom on Census-Income",
                 "Ma 2018",
-                "",
-                "AUC in percent, difference with equal weights: "
-                + ", ".join(
-                    f"{task} {show(gap.tolist(), digits=3)}"
-                    for task, gap in zip(CENSUS_TASKS, gaps, strict=True)
-                ),
-                judge(mean > 2 * error for mean, error in points),
+                f"AUC in percent, difference with equal weights: {text}",
+                [mean > 2 * error for mean, error in points],
             )
-        )
-    made += cost_claim(found)
-    return made
+        ]
+    return made + cost_claim(found)
 
 
 def cost_claim(found: dict[str, tuple[Results, Record]]) -> list[Claim]:
@@ -211,13 +194,13 @@ def cost_claim(found: dict[str, tuple[Results, Record]]) -> list[Claim]:
     ratio = {name: cost_ratio(results, results[name]) for name in names}
     nash = ratio["nash_mtl"] / ratio["ldc_mtl"]
     return [
-        Claim(
+        claim(
             "LDC-MTL, FAMO and GO4Align cost about one gradient, Nash-MTL many times LDC-MTL",
             "Xiao 2025, section 5 and figure 4",
-            "at most 1.11 times scalarization; Nash-MTL 12 times LDC-MTL (CelebA, 40 tasks)",
-            ", ".join(f"{name} {value:.2f}" for name, value in ratio.items())
+            listed(ratio, "{:.2f}".format, ", ")
             + f" times scalarization; Nash-MTL {nash:.1f} times LDC-MTL (14 tasks)",
-            judge([max(ratio[name] for name in names[:3]) <= 1.11, nash >= 2]),
+            [max(ratio[name] for name in names[:3]) <= 1.11, nash >= 2],
+            paper="at most 1.11 times scalarization; Nash-MTL 12 times LDC-MTL (CelebA, 40 tasks)",
         )
     ]
 
@@ -230,38 +213,29 @@ def cost_ratio(results: Results, record: Record) -> float:
 
 def make_table(name: str, results: Results, single: Record) -> Table:
     """Returns the table of a data set and model, best delta_m first."""
-    dataset = name.split(",")[0]
-    tasks = TASKS[dataset]
-    table = Table(title=f"{name}: test set, mean ± standard error over seeds")
-    table.add_column("method", no_wrap=True)
+    tasks = TASKS[name.split(",")[0]]
     per_task = len(tasks) == 2
     headers = [f"{task} AUC %" for task in tasks] if per_task else ["AUC %", "precision %"]
-    for header in (*headers, "delta_m %", "rank", "cost", "rate", "epochs"):
-        table.add_column(header, justify="right")
     shown = {k: r for k, r in results.items() if not is_swept(r)}
     tuned = tuned_of(results)
     shown[f"tuned: {label_of(tuned)}" if per_task else "tuned weights"] = tuned
     ranks = mean_ranks({k: r for k, r in shown.items() if k != SINGLE})
     shown.setdefault(SINGLE, single)
+    rows = []
     for method, record in sorted(shown.items(), key=lambda item: drops(item[1], single).mean()):
-        auc = 100 * np.asarray(record["test_auc"])
-        if per_task:
-            cells = [show(column.tolist(), digits=2) for column in auc.T]
-        else:
-            precision = 100 * np.asarray(record["test_average_precision"])
-            cells = [show(x.mean(axis=1).tolist(), digits=2) for x in (auc, precision)]
-        alone = method == SINGLE
-        fixed = is_swept(record) or alone
-        table.add_row(
-            method,
-            *cells,
-            show(drops(record, single).tolist(), digits=2),
-            "" if alone else f"{ranks[method]:.1f}",
-            "" if fixed else f"{cost_ratio(results, record):.2f}",
-            "" if alone else f"{record['learning_rate']:g}",
-            "" if alone else str(record["epochs"]),
+        auc, precision = (
+            100 * np.asarray(record[f"test_{q}"]) for q in ("auc", "average_precision")
         )
-    return table
+        quantities = auc.T if per_task else [auc.mean(axis=1), precision.mean(axis=1)]
+        cells = [show(values.tolist(), digits=2) for values in quantities]
+        cells.append(show(drops(record, single).tolist(), digits=2))
+        alone = method == SINGLE
+        cells.append("" if alone else f"{ranks[method]:.1f}")
+        cells.append("" if is_swept(record) or alone else f"{cost_ratio(results, record):.2f}")
+        cells += ["", ""] if alone else [f"{record['learning_rate']:g}", str(record["epochs"])]
+        rows.append([method, *cells])
+    title = f"{name}: test set, mean ± standard error over seeds"
+    return Table(title, ["method", *headers, "delta_m %", "rank", "cost", "rate", "epochs"], rows)
 
 
 COLOURS = {"none": "tab:green", "Gramian": "tab:blue", "coordinates": "tab:orange"}

@@ -117,15 +117,11 @@ def two_rows(
 
 def draw_moco(parts: Parts, path: Path) -> None:
     """Saves MoCo's figures 1 (parameters) and 2 (objectives), the first seed."""
-    printed = [0, 1, 2]
+    above, below = parts["moco_1"], parts["moco_2"]
     columns = [
-        (
-            method,
-            paths_of(parts["moco_1"][method], 0, printed),
-            paths_of(parts["moco_2"][method], 0, [*printed, 3, 4]),
-        )
+        (method, paths_of(above[method], 0, [0, 1, 2]), paths_of(below[method], 0, range(5)))
         for method in ("mgda", "smg", "pcgrad", "cagrad", "moco")
-        if method in parts["moco_1"] and method in parts["moco_2"]
+        if method in above and method in below
     ]
     title = (
         "Noisy gradients (but for MGDA): dots are starts, crosses ends, grey the Pareto front\n"
@@ -145,10 +141,7 @@ def draw_aligned(parts: Parts, path: Path) -> None:
     """Saves Aligned-MTL's figure 1: equal task weights."""
     records = aligned_records(parts)
     middle = len(next(iter(records.values()))["config"]["alphas"]) // 2
-    columns = [
-        (method, paths_of(record, middle), paths_of(record, middle))
-        for method, record in records.items()
-    ]
+    columns = [(name, paths := paths_of(r, middle), paths) for name, r in records.items()]
     title = "Equal task weights: dots are starts, crosses ends, the star is the optimum"
     two_rows(columns, title, path)
 
@@ -175,11 +168,7 @@ def draw_ldc(parts: Parts, path: Path) -> None:
     """Saves LDC-MTL's figure 1."""
     records = parts["ldc"]
     shown = ("linear_scalarization", "mgda", "famo", "famo_decay_1e-5", "ldc_mtl")
-    columns = [
-        (method, paths_of(records[method], 0), paths_of(records[method], 0))
-        for method in shown
-        if method in records
-    ]
+    columns = [(n, paths := paths_of(records[n], 0), paths) for n in shown if n in records]
     title = "Losses of different scale: the star is where $10 L_1 = L_2$"
     two_rows(columns, title, path, scale=next(iter(records.values()))["config"]["scale"])
 

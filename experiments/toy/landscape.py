@@ -15,8 +15,7 @@ angles; below it two bowls with centres x1 = 7 and x1 = -7, whose minima are the
 ``PUBLISHED`` is the one that gives what the papers draw. Its front lies above x2 = -8.3551 at
 x1 = 0; their bar runs from x1 = -7 to 7 at -8.3552. Figure 1 of LDC-MTL shows the losses of the
 starts (9, 9) and (-8.5, 7.5), which one can read off as about (0.8, 6.7) and (0.65, 7.9): this form
-has (0.794, 6.691) and (0.655, 7.901), the form printed there (0.794, -6.205) and (0.655,
-8.160).
+has (0.794, 6.691) and (0.655, 7.901), the form printed there (0.794, -6.205) and (0.655, 8.160).
 
 **Reference**: Liu et al. 2021 ("Conflict-averse gradient descent"), figure 2 and their code.
 """

@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
-from experiments.claims import Claim, judge, show
-from experiments.study import Record, Report, read_records
+from experiments.claims import Claim, claim, listed, show
+from experiments.study import Record, Report, Table, read_records
 from experiments.toy import figures, landscape
 
 # A run has reached the front, or an optimum, if its losses, unscaled, are this near. Both losses
@@ -55,28 +54,14 @@ def worst_start(record: Record) -> float:
     return float((front_gaps(record) <= REACHED)[:, 0].mean(axis=0).min())
 
 
-def last_tenth(record: Record) -> np.ndarray:
-    """Returns the bias averaged over the last tenth of the run, (seeds, starts)."""
+def tenth(record: Record, *, last: bool) -> np.ndarray:
+    """Returns the bias averaged over the first or last tenth of the run, (seeds, starts)."""
     bias = np.array(record["bias"])
-    return bias[..., -max(bias.shape[-1] // 10, 1) :].mean(axis=-1)
-
-
-def first_tenth(record: Record) -> np.ndarray:
-    """Returns the bias averaged over the first tenth of the run, (seeds, starts)."""
-    bias = np.array(record["bias"])
-    return bias[..., : max(bias.shape[-1] // 10, 1)].mean(axis=-1)
+    count = max(bias.shape[-1] // 10, 1)
+    return bias[..., -count if last else 0 :][..., :count].mean(axis=-1)
 
 
 # --- tables -------------------------------------------------------------------------------------
-
-
-def new_table(title: str, columns: Iterable[str]) -> Table:
-    """Returns an empty table with a column for the method."""
-    table = Table(title=title)
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def point(start: Iterable[float]) -> str:
@@ -84,87 +69,62 @@ def point(start: Iterable[float]) -> str:
     return "({:g}, {:g})".format(*start)
 
 
-def front_table(name: str, records: dict[str, Record]) -> Table:
+def front_cells(record: Record) -> list[str]:
     """Returns, per start, the share of seeds that reach the front."""
-    config = next(iter(records.values()))["config"]
-    columns = [point(start) for start in config["starts"]]
-    table = new_table(
-        f"{name}: share of {config['seeds']} seeds that end within {REACHED} of the front",
-        [*columns, "all starts", "median gap", "median distance (x)"],
-    )
-    for method, record in records.items():
-        gaps = front_gaps(record)
-        reached = gaps <= REACHED
-        cells = [f"{share:.2f}" for share in reached[:, 0].mean(axis=0)]
-        medians = (np.median(gaps), np.median(set_gaps(record)))
-        table.add_row(
-            method, *cells, show(per_seed(reached), digits=2), *(f"{x:.3f}" for x in medians)
-        )
-    return table
+    gaps = front_gaps(record)
+    reached = gaps <= REACHED
+    medians = (np.median(gaps), np.median(set_gaps(record)))
+    cells = [f"{share:.2f}" for share in reached[:, 0].mean(axis=0)]
+    return [*cells, show(per_seed(reached), digits=2), *(f"{x:.3f}" for x in medians)]
 
 
-def weights_table(name: str, records: dict[str, Record]) -> Table:
+def weights_cells(record: Record) -> list[str]:
     """Returns, per task weighting, from how many starts front and optimum are reached."""
-    config = next(iter(records.values()))["config"]
-    table = new_table(
-        f"{name}: of {len(config['starts'])} starts, how many end on the front / at the optimum",
-        [*(f"{a:g} L1 + {1 - a:g} L2" for a in config["alphas"]), "all", "all seeds, shares"],
-    )
-    for method, record in records.items():
-        hits = front_gaps(record) <= REACHED, excess(record) <= REACHED
-        cells = [
-            " / ".join(str(hit[0, i].sum()) for hit in hits) for i in range(len(config["alphas"]))
-        ]
-        total = " / ".join(str(hit[0].sum()) for hit in hits)
-        shares = " / ".join(show(per_seed(hit), digits=2) for hit in hits)
-        table.add_row(method, *cells, total, shares)
-    return table
+    hits = front_gaps(record) <= REACHED, excess(record) <= REACHED
+    counts = [[*hit[0].sum(axis=-1), hit[0].sum()] for hit in hits]
+    shares = [show(per_seed(hit), digits=2) for hit in hits]
+    return [" / ".join(map(str, cell)) for cell in (*zip(*counts, strict=True), shares)]
 
 
-def balance_table(name: str, records: dict[str, Record]) -> Table:
+def balance_cells(record: Record) -> list[str]:
     """Returns, per start, how balanced the scaled losses end."""
-    config = next(iter(records.values()))["config"]
-    table = new_table(
-        f"{name}: 10 L1 - L2 at the end (mean over {config['seeds']} seeds); * not on the front",
-        [*(point(start) for start in config["starts"]), "on the front", "balanced"],
-    )
-    for method, record in records.items():
-        gap, reached = imbalance(record), front_gaps(record)[:, 0] <= REACHED
-        cells = [
-            f"{value:.2f}" + ("" if all_there else "*")
-            for value, all_there in zip(gap.mean(axis=0), np.all(reached, axis=0), strict=True)
-        ]
-        balanced = reached & (np.abs(gap) <= BALANCED)
-        table.add_row(method, *cells, *(show(per_seed(x), digits=2) for x in (reached, balanced)))
-    return table
+    gap, reached = imbalance(record), front_gaps(record)[:, 0] <= REACHED
+    ends = zip(gap.mean(axis=0), np.all(reached, axis=0), strict=True)
+    balanced = reached & (np.abs(gap) <= BALANCED)
+    return [
+        *(f"{value:.2f}" + ("" if all_there else "*") for value, all_there in ends),
+        *(show(per_seed(x), digits=2) for x in (reached, balanced)),
+    ]
 
 
-def bias_table(name: str, records: dict[str, Record]) -> Table:
+def bias_cells(record: Record) -> list[str]:
     """Returns the bias of the multi-gradient early and late, per trajectory."""
+    pairs = zip(tenth(record, last=False).T, tenth(record, last=True).T, strict=True)
+    cells = [f"{early.mean():.3f} -> {show(late.tolist(), digits=3)}" for early, late in pairs]
+    return [*cells, f"{record['samples'][-1]:,}"]
+
+
+def table_of(part: str, records: dict[str, Record]) -> Table:
+    """Returns the table of a part."""
     config = next(iter(records.values()))["config"]
-    table = new_table(
-        f"{name}: norm of the multi-gradient's error, first tenth -> last tenth of the run",
-        [*(point(start) for start in config["starts"]), "samples"],
-    )
-    for method, record in records.items():
-        early, late = first_tenth(record), last_tenth(record)
-        cells = [
-            f"{early[:, i].mean():.3f} -> {show(late[:, i].tolist(), digits=3)}"
-            for i in range(late.shape[1])
-        ]
-        table.add_row(method, *cells, f"{record['samples'][-1]:,}")
-    return table
-
-
-def tables_of(parts: figures.Parts) -> list[Table]:
-    """Returns the table of every part that has records."""
-    makers = {
-        "aligned": weights_table,
-        "aligned_float32": weights_table,
-        "ldc": balance_table,
-        "bias": bias_table,
+    starts = [point(start) for start in config["starts"]]
+    titles = {
+        "front": f"share of {config['seeds']} seeds that end within {REACHED} of the front",
+        "aligned": f"of {len(starts)} starts, how many end on the front / at the optimum",
+        "ldc": f"10 L1 - L2 at the end (mean over {config['seeds']} seeds); * not on the front",
+        "bias": "norm of the multi-gradient's error, first tenth -> last tenth of the run",
     }
-    return [makers.get(name, front_table)(name, records) for name, records in parts.items()]
+    weights = [f"{a:g} L1 + {1 - a:g} L2" for a in config["alphas"]]
+    kinds: dict[str, tuple[list[str], Callable[[Record], list[str]]]] = {
+        "front": ([*starts, "all starts", "median gap", "median distance (x)"], front_cells),
+        "aligned": ([*weights, "all", "all seeds, shares"], weights_cells),
+        "ldc": ([*starts, "on the front", "balanced"], balance_cells),
+        "bias": ([*starts, "samples"], bias_cells),
+    }
+    kind = part.split("_")[0] if part.split("_")[0] in kinds else "front"
+    header, cells = kinds[kind]
+    rows = [[method, *cells(record)] for method, record in records.items()]
+    return Table(f"{part}: {titles[kind]}", ["method", *header], rows)
 
 
 # --- claims -------------------------------------------------------------------------------------
@@ -181,24 +141,24 @@ def front_claims(records: dict[str, Record], figure: str, starts: int) -> list[C
     }
 
     def said(names: Iterable[str]) -> str:
-        return ", ".join(f"{name} {shares[name]}" for name in names)
+        return listed({name: shares[name] for name in names}, separator=", ")
 
     source = f"MoCo (Fernando et al. 2023), {figure}"
     return [
-        Claim(
+        claim(
             "MGDA with true gradients and MoCo with noisy ones reach the Pareto front from every "
             "initial point",
             source,
-            f"{starts} of {starts} starts",
             f"share of starts and seeds that reach it: {said(exact)}",
-            judge(value == 1 for value in exact.values()),
+            [value == 1 for value in exact.values()],
+            paper=f"{starts} of {starts} starts",
         ),
-        Claim(
+        claim(
             "SMG, PCGrad and CAGrad with noisy gradients fail to reach it from some initial points",
             source,
-            f"fewer than {starts} of {starts} starts",
             f"share of starts and seeds that reach it: {said(others)}",
-            judge(value < 0.5 for value in others.values()),
+            [value < 0.5 for value in others.values()],
+            paper=f"fewer than {starts} of {starts} starts",
         ),
     ]
 
@@ -212,8 +172,8 @@ def restrict(record: Record, starts: int) -> Record:
 
 def bias_claims(records: dict[str, Record]) -> list[Claim]:
     """Returns the claims of MoCo's figure 3."""
-    late = {name: last_tenth(record) for name, record in records.items()}
-    early = first_tenth(records["smg"])
+    late = {name: tenth(record, last=True) for name, record in records.items()}
+    early = tenth(records["smg"], last=False)
     means = {name: bias.mean(axis=0) for name, bias in late.items()}
     samples = {name: record["samples"][-1] for name, record in records.items()}
     source = "MoCo (Fernando et al. 2023), figure 3"
@@ -221,25 +181,21 @@ def bias_claims(records: dict[str, Record]) -> list[Claim]:
     decay = means["smg"] / early.mean(axis=0)
     growing = "smg_growing_batch"
     return [
-        Claim(
+        claim(
             "The bias of SMG's multi-gradient does not decay in some trajectories",
             source,
-            "",
             f"last tenth / first tenth of the run: {', '.join(f'{x:.2f}' for x in decay)}",
-            judge([bool((decay >= 1).any())]),
+            [bool((decay >= 1).any())],
         ),
-        Claim(
+        claim(
             "MoCo's bias is comparable to that of SMG with a growing batch, with fewer samples",
             source,
-            "",
             f"bias in the last tenth: MoCo {text['moco']} after {samples['moco']:,} samples, "
             f"growing batch {text[growing]} after {samples[growing]:,}, SMG {text['smg']}",
-            judge(
-                [
-                    bool((means["moco"] <= 1.5 * means[growing]).all()),
-                    samples["moco"] < samples[growing],
-                ]
-            ),
+            [
+                bool((means["moco"] <= 1.5 * means[growing]).all()),
+                samples["moco"] < samples[growing],
+            ],
         ),
     ]
 
@@ -262,34 +218,32 @@ def aligned_claims(records: dict[str, Record], single: dict[str, Record]) -> lis
     others = ("imtl", "nash_mtl")
     equal = {name: hit[len(hit) // 2] for name, hit in optimum.items()}
     return [
-        Claim(
+        claim(
             "Aligned-MTL reaches the optimum of the weighted sum for all task weights and initial "
             "points, except one extreme case",
             f"{source}s 1 and 6",
-            f"{runs - 1} of {runs}",
             "; ".join(f"{name}: {count} of {runs}" for name, count in hits.items()),
-            judge(count >= runs - 1 for count in hits.values()),
+            [count >= runs - 1 for count in hits.values()],
+            paper=f"{runs - 1} of {runs}",
         ),
-        Claim(
+        claim(
             "IMTL and Nash-MTL stop at an arbitrary point of the front instead of the optimum",
             f"{source}s 1 and 6",
-            "",
             "; ".join(
                 f"{name}: {front[name].sum()} of {runs} on the front, {optimum[name].sum()} at "
                 "the optimum"
                 for name in others
             ),
-            judge(
+            [
                 front[name].sum() >= 0.8 * runs and optimum[name].sum() <= 0.6 * runs
                 for name in others
-            ),
+            ],
         ),
-        Claim(
+        claim(
             "With equal weights Aligned-MTL alone reaches the optimum from every initial point",
             f"{source} 1",
-            "",
-            ", ".join(f"{name} {hit.sum()} of {hit.size}" for name, hit in equal.items()),
-            judge(hit.all() == (name in forms) for name, hit in equal.items()),
+            listed(equal, lambda hit: f"{hit.sum()} of {hit.size}", ", "),
+            [hit.all() == (name in forms) for name, hit in equal.items()],
         ),
     ]
 
@@ -308,28 +262,26 @@ def ldc_claims(records: dict[str, Record]) -> list[Claim]:
 
     unbalanced = ("linear_scalarization", "mgda")
     return [
-        Claim(
+        claim(
             "LDC-MTL always converges to the same balanced point",
             source,
-            "5 of 5 starts",
             f"balanced (10 L1 and L2 within {BALANCED}): {said(x for x in records if 'ldc' in x)}",
-            judge([balanced["ldc_mtl"] == starts]),
+            [balanced["ldc_mtl"] == starts],
+            paper="5 of 5 starts",
         ),
-        Claim(
+        claim(
             "Linear scalarization and MGDA do not converge to balanced points",
             source,
-            "",
             f"balanced: {said(unbalanced)}",
-            judge(balanced[name] == 0 for name in unbalanced),
+            [balanced[name] == 0 for name in unbalanced],
         ),
-        Claim(
+        claim(
             "FAMO converges to different points of the front",
             source,
-            "",
             f"with weight decay 1e-5, 10 L1 - L2 where the front is reached: "
             f"{', '.join(f'{x:.1f}' for x in famo)}; with 1e-3: "
             f"{', '.join(f'{x:.1f}' for x in imbalance(records['famo'])[0][front['famo']])}",
-            judge([len(famo) > 1 and float(np.ptp(famo)) > 1]),
+            [len(famo) > 1 and float(np.ptp(famo)) > 1],
         ),
     ]
 
@@ -374,4 +326,5 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
     """Returns a table of every part and the figures whose records are there."""
     del args
     parts = read_parts(folder)
-    return Report(tables_of(parts), figures.drawn(parts))
+    tables = [table_of(part, records) for part, records in parts.items()]
+    return Report(tables, figures.drawn(parts))

@@ -7,12 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base, linalg
+from jaxmtl import base, checks, keywords, linalg
 from jaxmtl.engine import routes
 from jaxmtl.engine.route import Options
-from jaxmtl.types import Aggregator
-
-PyTree = Any
+from jaxmtl.types import Aggregator, PyTree
 
 
 def value_and_gramian(
@@ -81,9 +79,10 @@ def value_and_gramian(
     def evaluate(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, jax.Array, jax.tree_util.Partial]:
+        keywords.check(options.takes(len(args)), kwargs)
         found = routes.evaluate(options, params, args, kwargs=kwargs)
-        losses = (found.losses, found.aux) if has_aux else found.losses
-        return losses, found.gramian(), found.pullback
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
+        return value, found.gramian(), found.pullback
 
     return evaluate
 
@@ -106,9 +105,12 @@ def value_and_grad(
 
     Args:
       losses_fn: See `value_and_gramian`.
-      aggregator: A `jaxmtl.Aggregator` that has a weighting.
+      aggregator: A `jaxmtl.Aggregator` that has a weighting; with ``encoder`` a coordinate rule
+        too. That acts on the m gradients at z, in the place of parameters: its state comes from
+        ``aggregator.init(z)``, its update goes back through the encoder, and what reaches the
+        parameters past z is summed over the tasks.
       in_axes: See `value_and_gramian`.
-      encoder: See `value_and_gramian`; z is passed to the weighting as ``features``.
+      encoder: See `value_and_gramian`; z is passed to the rule as ``features``.
       shared: See `value_and_gramian`. The other parameters get ``J^T h``, with h ones for rules
         that read the Gramian, the weights themselves for those that do not, and
         ``aggregator.weighting.head_weights(state, task_mask=None)`` where there is such a function.
@@ -121,7 +123,8 @@ def value_and_grad(
       keywords to the weighting.
 
     Raises:
-      ValueError: The aggregator has no weighting, or as in `value_and_gramian`.
+      ValueError: The aggregator has no weighting (and there is no encoder), or as in
+        `value_and_gramian`.
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl import base
@@ -136,23 +139,26 @@ def value_and_grad(
     [0.5 2. ] [-0.5 -1. ]
     """
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
-    weighting = getattr(aggregator, "weighting", None)
-    if weighting is None:
-        raise ValueError(
-            "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
-            "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
-            "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
-            "losses=losses)"
-        )
+    of_rows = getattr(aggregator, "weighting", None) is None
+    if encoder is not None and of_rows and getattr(aggregator, "rule", None) is not None:
+        return _value_and_grad_of_features(options, aggregator)
+    weighting = checks.check_weighting(aggregator)
     rule = getattr(weighting, "rule", None)
     reads_gramian = rule is None or "gramian" in rule.needs
 
-    def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
-        found = routes.evaluate(options, params, args, reads_gramian)
+    def evaluate(params: PyTree, state: PyTree = None, *args: Any, **extra: Any) -> Any:
+        checks.check_state(rule, state)
+        extra, kwargs = keywords.split(weighting, options.takes(len(args)), extra)
+        found = routes.evaluate(options, params, args, reads_gramian, kwargs)
         if encoder is not None:
             extra.setdefault("features", found.features)
+        extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
-        gramian = lax.stop_gradient(found.gramian()) if reads_gramian else None
+        gramian = None
+        if rule is None:
+            gramian = lax.stop_gradient(found.gramian())
+        elif reads_gramian:
+            gramian, extra["log2_scale"] = lax.stop_gradient(found.balanced_gramian())
         if rule is not None:
             dtype = linalg.accumulation_dtype(losses, params)
             extra |= {"m": losses.shape[0], "dtype": dtype}
@@ -161,12 +167,39 @@ def value_and_grad(
         mask = extra.get("task_mask")
         heads = _head_weights(weighting, reads_gramian, weights, state, mask)
         grads = found.pullback(weights, heads)
-        ok = linalg.all_finite(grads)
-        if hasattr(state, "mtl_skipped"):  # A step that the weighting skips is one for heads too.
-            ok &= new_state.mtl_skipped == state.mtl_skipped
-        grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
-        new_state = base.skip_unless(ok, new_state, state)
-        value = (found.losses, found.aux) if has_aux else found.losses
+        grads, new_state = _skip_together(grads, new_state, state)
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
+        return (value, new_state), grads
+
+    return evaluate
+
+
+def _skip_together(grads: PyTree, new_state: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    ok = linalg.all_finite(grads)
+    if hasattr(state, "mtl_skipped"):  # A step that the rule skips is one for heads too.
+        ok &= new_state.mtl_skipped == state.mtl_skipped
+    grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
+    return grads, base.skip_unless(ok, new_state, state)
+
+
+def _value_and_grad_of_features(options: Options, aggregator: Aggregator) -> Callable[..., Any]:
+    """Makes `value_and_grad` of a coordinate rule on the gradients at the features."""
+    rule: Any = aggregator.rule
+
+    def evaluate(params: PyTree, state: PyTree = None, *args: Any, **extra: Any) -> Any:
+        checks.check_state(rule._replace(num_tasks=None), state)  # it logs nothing
+        extra, kwargs = keywords.split(aggregator, options.takes(len(args)), extra)
+        found: Any = routes.evaluate(options, params, args, True, kwargs)
+        extra.setdefault("features", found.features)
+        extra = checks.stack_named(extra, found.aux.names)
+        losses = linalg.whole(lax.stop_gradient(found.losses))
+        rows = lax.stop_gradient(found.feature_rows())
+        update, new_state = aggregator.update(rows, state, found.features, losses=losses, **extra)
+        mask = extra.get("task_mask")
+        heads = jnp.ones_like(losses) if mask is None else jnp.where(mask, 1, 0)
+        grads = found.pull_features(lax.stop_gradient(update), heads.astype(losses.dtype))
+        grads, new_state = _skip_together(grads, new_state, state)
+        value = found.aux.returned(found.losses, options.has_aux, False)
         return (value, new_state), grads
 
     return evaluate
@@ -230,6 +263,8 @@ def cross_gramian(
                     f"expected the arguments of each batch as a tuple, got {type(args).__name__}; "
                     "write cross_gramian(losses_fn)(params, (batch1,), (batch2,))"
                 )
+        for args in (args1, args2):
+            keywords.check(options.takes(len(args)), kwargs)
         first, second = (
             routes.evaluate(options, params, args, kwargs=kwargs) for args in (args1, args2)
         )
@@ -285,6 +320,9 @@ def explain(
     ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
     """
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    taken = options.takes(len(args))
+    kwargs = keywords.without_inputs(taken, kwargs)
+    keywords.check(taken, kwargs)
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
     texts: list[str] = []  # what `eval_shape` would refuse as an output

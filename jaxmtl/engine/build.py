@@ -1,4 +1,4 @@
-"""Read a ``Program`` off a jaxpr.
+"""Reads a ``Program`` off a jaxpr.
 
 Calls that receive parameters (jit, remat, scan) are opened, so that uses are single primitives;
 PARAM values computed inside a loop are hoisted out of it.
@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+from jax import lax
 
+from jaxmtl.engine import linearity
 from jaxmtl.engine.program import (
     CONST,
     DATA,
@@ -21,6 +23,7 @@ from jaxmtl.engine.program import (
     Scan,
     Use,
     Value,
+    as_function,
     from_params,
     is_float,
 )
@@ -43,12 +46,100 @@ def _single_equation(
     """Returns one equation as a function, with the variables it reads and writes."""
     reads = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal)))
     writes = [v for v in eqn.outvars if not isinstance(v, jex.DropVar)]
-    jaxpr = jex.Jaxpr([], reads, writes, [eqn], eqn.effects, debug_info)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, [])), reads, writes
+    about = debug_info._replace(arg_names=("",) * len(reads), result_paths=("",) * len(writes))
+    jaxpr = jex.Jaxpr([], reads, writes, [eqn], eqn.effects, about)
+    return as_function(jex.ClosedJaxpr(jaxpr, [])), reads, writes
+
+
+def _is_opaque(eqn: Any, debug_info: Any, ins: Sequence[Value] = ()) -> bool:
+    """Tells whether an equation has a backward pass that must see what `jax.grad` would show it.
+
+    It may not be linear in the cotangent, or ask which of its inputs are differentiated.
+
+    Args:
+      eqn: The equation.
+      debug_info: Of the jaxpr it stands in.
+      ins: What it reads, as far as it is known here.
+    """
+    name = eqn.primitive.name
+    if name == "custom_jvp_call":
+        return bool(eqn.params["symbolic_zeros"])
+    if name == "custom_vjp_call":
+        if eqn.params["symbolic_zeros"]:
+            return True
+        fun, reads, _ = _single_equation(eqn, debug_info)
+        wanted = [v.kind in (PARAM, DATA) for v in ins] or [True] * len(reads)
+        return not linearity.pull_is_linear(fun, [v.aval for v in reads], wanted)
+    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(eqn.params)]
+    return any(_is_opaque(inner, body.debug_info) for body in bodies for inner in body.eqns)
+
+
+# Finite with finite derivatives, wherever their operands are.
+_TAME = frozenset(
+    (
+        "add",
+        "broadcast_in_dim",
+        "concatenate",
+        "conv_general_dilated",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "dot_general",
+        "dynamic_slice",
+        "erf",
+        "gather",
+        "logistic",
+        "max",
+        "min",
+        "mul",
+        "neg",
+        "pad",
+        "reduce_sum",
+        "reshape",
+        "rev",
+        "select_n",
+        "sin",
+        "slice",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "tanh",
+        "transpose",
+    )
+)
+
+
+def _is_tame(eqn: Any) -> bool:
+    """Tells whether all branches of a `lax.cond` may run where one is meant to.
+
+    A branch that is not taken must neither have effects nor a derivative that is not finite: times
+    a cotangent of zero it would be NaN.
+    """
+    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(eqn.params)]
+    inner = [e for body in bodies for e in body.eqns]
+    return not eqn.effects and all(
+        e.primitive.name in _TAME or (e.primitive.name in _INLINE and _is_tame(e)) for e in inner
+    )
+
+
+def _has_state(jaxpr: Any) -> bool:
+    """Tells whether a jaxpr reads or writes mutable arrays (`jax.new_ref`)."""
+    for eqn in jaxpr.eqns:
+        if any(hasattr(v.aval, "inner_aval") for v in (*eqn.invars, *eqn.outvars)):
+            return True
+        if eqn.primitive.name != "pallas_call" and any(
+            _has_state(getattr(body, "jaxpr", body)) for body in jex.jaxprs_in_params(eqn.params)
+        ):
+            return True
+    return False
 
 
 def _identity(x: jax.Array) -> list[jax.Array]:
     return [x]
+
+
+def _select(index: jax.Array, *cases: jax.Array) -> list[jax.Array]:
+    return [lax.select_n(index, *cases)]
 
 
 class _Builder:
@@ -81,6 +172,8 @@ class _Builder:
                 outs = self.inline(body, [*consts, *ins], steps, loops)
             elif has_param and has_data and name == "scan":
                 outs = self.scan(eqn, ins, steps, loops)
+            elif has_param and name == "cond" and ins[0].kind == DATA and _is_tame(eqn):
+                outs = self.branches(eqn, ins, steps, loops)
             else:
                 fun, reads, writes = _single_equation(eqn, jaxpr.debug_info)
                 for var, out in zip(
@@ -93,6 +186,7 @@ class _Builder:
                         eqn,
                         steps,
                         loops,
+                        jaxpr.debug_info,
                     ),
                     strict=True,
                 ):
@@ -102,6 +196,16 @@ class _Builder:
                 if not isinstance(var, jex.DropVar):
                     env[var] = out
         return tuple(read(v) for v in jaxpr.outvars)
+
+    def stateful(
+        self, fun: Callable[..., Sequence[jax.Array]], ins: Sequence[Value], avals: Sequence[Any]
+    ) -> Use:
+        """Appends the one use of a program with mutable arrays: only JAX knows what they hold."""
+        outs = tuple(Value(aval, DATA) for aval in avals)
+        tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
+        use = Use(fun, tuple(ins), outs, "mutable arrays", tapped=tapped, probed=True)
+        self.uses.append(use)
+        return use
 
     @staticmethod
     def constant(value: jax.Array) -> Value:
@@ -116,13 +220,15 @@ class _Builder:
         eqn: Any,
         steps: list[Any],
         loops: tuple[Loop, ...],
+        debug_info: Any = None,
     ) -> tuple[Value, ...]:
         kinds = {v.kind for v in ins}
         if DATA in kinds or (name == "identity"):
             outs = tuple(Value(aval, DATA) for aval in avals)
             tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
             if PARAM in kinds and tapped and name != "stop_gradient":
-                use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped)
+                probed = eqn is not None and _is_opaque(eqn, debug_info, ins)
+                use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped, probed)
                 self.uses.append(use)
                 steps.append(use)
             else:
@@ -132,6 +238,7 @@ class _Builder:
             sorted({loop for v in ins for loop in v.loops}, key=lambda loop: loop.depth)
         )
         step = Call(fun, tuple(ins), (), name, eqn)
+        bent = any(v.bent for v in ins) or (PARAM in kinds and _is_opaque(eqn, debug_info, ins))
         out_values = []
         for position, aval in enumerate(avals):
             if kinds <= {CONST}:
@@ -140,7 +247,7 @@ class _Builder:
                 kind = PARAM
             else:
                 kind = FROZEN
-            out_values.append(Value(aval, kind, varying, (step, position)))
+            out_values.append(Value(aval, kind, varying, (step, position), bent=bent))
         step.outs = tuple(out_values)
         if kinds <= {CONST}:
             steps.append(step)
@@ -151,6 +258,21 @@ class _Builder:
         if value.kind == DATA:
             return value
         return self.call(_identity, [value], [aval], "identity", None, steps, loops)[0]
+
+    def branches(
+        self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]
+    ) -> tuple[Value, ...]:
+        """Opens a `lax.cond` on the example: mapped over examples, all branches run anyway."""
+        found = []
+        for branch in eqn.params["branches"]:
+            consts = [self.constant(c) for c in branch.consts]
+            found.append(self.inline(branch.jaxpr, [*consts, *ins[1:]], steps, loops))
+        outs: list[Value] = []
+        for var, *cases in zip(eqn.outvars, *found, strict=True):
+            cases = [self.as_data(case, var.aval, steps, loops) for case in cases]
+            operands = [ins[0], *cases]
+            outs += self.call(_select, operands, [var.aval], "select_n", None, steps, loops)
+        return tuple(outs)
 
     def scan(
         self, eqn: Any, ins: list[Value], steps: list[Any], loops: tuple[Loop, ...]
@@ -170,7 +292,7 @@ class _Builder:
         slices = [
             Value(var.aval, v.kind)
             if v.kind == DATA
-            else Value(var.aval, v.kind, (*v.loops, loop), v)
+            else Value(var.aval, v.kind, (*v.loops, loop), v, bent=v.bent)
             for v, var in zip(xs, invars[num_consts + num_carry :], strict=True)
         ]
         body: list[Any] = []
@@ -219,6 +341,16 @@ def build(closed: Any, num_leaves: int) -> Program:
     constants = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
     leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]
     data = [Value(var.aval, DATA) for var in invars[num_leaves:]]
-    outs = list(builder.inline(closed.jaxpr, [*constants, *leaves, *data], steps, ()))
+    ins = [*constants, *leaves, *data]
+    if _has_state(closed.jaxpr):
+        avals = [var.aval for var in closed.jaxpr.outvars]
+
+        def everything(*inputs: jax.Array) -> Sequence[jax.Array]:
+            consts, inputs = inputs[: len(constants)], inputs[len(constants) :]
+            return as_function(jex.ClosedJaxpr(closed.jaxpr, consts))(*inputs)
+
+        use = builder.stateful(everything, ins, avals)
+        return Program(tuple(leaves), tuple(constants), tuple(data), [use], use.outs, [use])
+    outs = list(builder.inline(closed.jaxpr, ins, steps, ()))
     outs[0] = builder.as_data(outs[0], outs[0].aval, steps, ())
     return Program(tuple(leaves), tuple(constants), tuple(data), steps, tuple(outs), builder.uses)

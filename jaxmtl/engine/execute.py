@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxmtl import linalg
@@ -45,7 +46,9 @@ def _is_known(env: Env, value: Value) -> bool:
 
 
 def _read(env: Env, value: Value) -> jax.Array:
-    return env.get(value, value.literal)
+    if value in env:
+        return env[value]
+    return jnp.asarray(value.literal) if isinstance(value.literal, np.ndarray) else value.literal
 
 
 def over_loops(call: Call, loops: Sequence[Any], data_varies: bool = False) -> Callable[..., Any]:
@@ -79,15 +82,15 @@ def shared_env(
 
 
 def tap_shapes(program: Program) -> list[list[jax.ShapeDtypeStruct]]:
-    """Return, per use and tapped output, the type of its cotangent for one example."""
+    """Returns, per use, the types of its taps for one example."""
     return [
         [
             jax.ShapeDtypeStruct(
-                tuple(loop.length for loop in use.loops) + use.outs[k].aval.shape,
-                use.outs[k].aval.dtype,
-                sharding=linalg.explicit_sharding(use.outs[k].aval, lead=len(use.loops)),
+                tuple(loop.length for loop in use.loops) + aval.shape,
+                aval.dtype,
+                sharding=linalg.explicit_sharding(aval, lead=len(use.loops)),
             )
-            for k in use.tapped
+            for aval in use.taps
         ]
         for use in program.uses
     ]
@@ -108,13 +111,13 @@ def _needed(steps: Iterable[Any]) -> dict[Value, None]:
 def run(
     program: Program, env: Env, example: Sequence[jax.Array], taps: Sequence[Sequence[jax.Array]]
 ) -> tuple[list[jax.Array], list[tuple[jax.Array, ...]]]:
-    """Evaluates the program on one example, with ``taps`` added to the outputs of the uses.
+    """Evaluates the program on one example, with ``taps`` added where the uses want them.
 
     Args:
       program: the program.
       env: from `shared_env`.
       example: its DATA inputs.
-      taps: per use, one array for each tapped output.
+      taps: per use, arrays of the types that `tap_shapes` tells.
 
     Returns:
       The outputs, and per use the values of its DATA operands, stacked over the loops around it.
@@ -139,8 +142,16 @@ def _run_steps(
         if isinstance(step, Scan):
             _run_scan(step, env, taps, residuals)
             continue
-        outs = list(step.fun(*(_read(env, v) for v in step.ins)))
-        if isinstance(step, Use):
+        ins = [_read(env, v) for v in step.ins]
+        if isinstance(step, Use) and step.probed:
+            probes = iter(taps[step])
+            ins = [
+                x + next(probes) if v.kind == PARAM else x
+                for v, x in zip(step.ins, ins, strict=True)
+            ]
+            residuals[step] = ()
+        outs = list(step.fun(*ins))
+        if isinstance(step, Use) and not step.probed:
             for k, tap in zip(step.tapped, taps[step], strict=True):
                 outs[k] = outs[k] + tap
             residuals[step] = tuple(_read(env, v) for v in step.data)
@@ -181,6 +192,20 @@ def _run_scan(
     )
     env.update(zip(scan.outs, [*carry, *ys], strict=True))
     residuals.update(zip(scan.uses, stacked, strict=True))
+
+
+def probed_rows(use: Use, cotangents: Sequence[jax.Array]) -> list[jax.Array]:
+    """Returns the cotangents of the PARAM operands of a probed use, from those of its taps.
+
+    Args:
+      use: A use whose taps are on its operands.
+      cotangents: ``(examples, *loops, *shape)``.
+    """
+    rows = []
+    for value, x in zip(use.params, cotangents, strict=True):
+        repeated = [1 + i for i, loop in enumerate(use.loops) if loop not in value.loops]
+        rows.append(jnp.sum(x, axis=repeated) if repeated else x)
+    return rows
 
 
 def pull(
@@ -228,7 +253,7 @@ def pull_to_leaves(
     constants: Sequence[jax.Array],
     cotangents: dict[Value, jax.Array],
 ) -> list[jax.Array]:
-    """Carry cotangents of PARAM values back to the leaves; zeros where nothing arrives."""
+    """Carries cotangents of PARAM values back to the leaves; zeros where nothing arrives."""
     targets = [v for v in cotangents if v.leaf is None]
     if targets:
 

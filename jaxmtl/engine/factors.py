@@ -9,20 +9,15 @@ which for a single position is the elementwise product of two Gramians, whatever
 """
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl.engine.program import Use
-from jaxmtl.linalg import accumulation_dtype, replicated, whole
+from jaxmtl.linalg import replicated, whole
 
 AxisNames = tuple[int | None, ...]
-
-gramian_dtype = accumulation_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,75 +50,6 @@ class Factor:
     num_shared: int
     num_own: int
     is_lookup: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A use with its factors, and the name of each axis of its PARAM operand.
-
-    Uses with axes of one name run over the same axis of one parameter.
-    """
-
-    use: Use
-    factors: Factors
-    names: AxisNames
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of its operand outside all loops."""
-        return self.use.params[0].shape
-
-    def axes(self) -> tuple[tuple[int, ...], ...]:
-        """Returns the names of the shared, left and right axes, those of length one left out."""
-        left = self.factors.left
-        if self.factors.lookup is not None:
-            left = ((self.factors.lookup, 0),)
-        sides: list[tuple[int, ...]] = []
-        for side in (self.factors.shared, left, self.factors.right):
-            found = (self.names[axis] for axis, *_ in side if self.shape[axis] != 1)
-            sides.append(tuple(sorted(name for name in found if name is not None)))
-        return tuple(sides)
-
-    def num_positions(self) -> int:
-        """Returns the number of positions per example and shared index."""
-        use = self.use
-        out = use.outs[use.tapped[0]].aval.shape
-        total = math.prod(loop.length for loop in use.loops) * math.prod(out)
-        inner = math.prod(self.shape[a] for a, *_ in (*self.factors.shared, *self.factors.right))
-        return total // max(inner, 1)
-
-    def arrange(self, x: jax.Array, y: jax.Array) -> tuple[Factor, Factor]:
-        """Brings X and Y, ``(examples, ...)``, into the order that `Factor` states."""
-        shared = self.factors.shared
-        left = self._in_order(x, [(a, i) for a, i, _ in shared], self.factors.left)
-        right = self._in_order(y, [(a, i) for a, _, i in shared], self.factors.right)
-        return dataclasses.replace(left, is_lookup=self.factors.lookup is not None), right
-
-    def _in_order(
-        self, array: jax.Array, shared: Sequence[tuple[int, int]], own: Sequence[tuple[int, int]]
-    ) -> Factor:
-        units = [axis + 1 for a, axis in (*shared, *own) if self.shape[a] == 1]
-
-        def ordered(entries: Sequence[tuple[int, int]]) -> list[int]:
-            kept = [(self.names[a], axis + 1) for a, axis in entries if self.shape[a] != 1]
-            return [axis for _, axis in sorted(kept)]
-
-        first, last = ordered(shared), ordered(own)
-        middle = [i for i in range(1, array.ndim) if i not in (*units, *first, *last)]
-        array = lax.transpose(array, [0, *first, *middle, *last, *units])
-        array = lax.squeeze(array, range(array.ndim - len(units), array.ndim))
-        return Factor(array, len(first), len(last))
-
-
-def pairing(a: Part, b: Part) -> str | None:
-    """Returns "straight" if X meets X, "crossed" if X meets the other's Y, None if neither."""
-    (shared, left, right), (other_shared, other_left, other_right) = a.axes(), b.axes()
-    if shared == other_shared:
-        if (left, right) == (other_left, other_right):
-            return "straight"
-        if (left, right) == (other_right, other_left):
-            return "crossed"
-    return None
 
 
 def product(x: jax.Array, y: jax.Array, contract: Any, batch: Any, dtype: jnp.dtype) -> jax.Array:

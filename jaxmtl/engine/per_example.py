@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jaxmtl import arguments, linalg
 from jaxmtl.engine import execute, factors
 from jaxmtl.engine.build import build
-from jaxmtl.engine.factors import Factor, Part
+from jaxmtl.engine.factors import Factor
+from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan, describe, make_plan
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import DATA, Use
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
+from jaxmtl.types import PyTree
 
-PyTree = Any
 # Of one group: those of each leaf for "leaf rows", those of its value for "rows".
 Rows = dict[int, jax.Array]
 _OF_VALUE = -1
@@ -61,12 +62,13 @@ class Pass:
         """Returns the rows of all groups that are not structured, by position of the group."""
         plan = self.plan
         return {
-            i: self._group_rows(group)
+            i: self.group_rows(group)
             for i, group in enumerate(plan.groups)
             if group.method != "factors" and plan.counts(group)
         }
 
-    def _group_rows(self, group: Group) -> Rows:
+    def group_rows(self, group: Group) -> Rows:
+        """Returns the rows of a group that is not structured."""
         env = self.env()
         for use in group.uses:  # so that nothing is first computed inside a map
             for v in use.ins:
@@ -93,31 +95,45 @@ class Pass:
         """Returns per-example cotangents of the PARAM operands, ``(examples, *shape)`` each."""
         residual, cotangents = self.residuals[use.index], self.cotangents[use.index]
         rule = rule_of(use)
+        if use.probed:
+            return execute.probed_rows(use, cotangents)
         if rule.gradients is not None and rule.has_gradients(use):
             return [rule.gradients(use, residual[0], cotangents[0], summed=False)]
         return jax.vmap(lambda r, c: execute.pull(use, env, r, c))(residual, cotangents)
 
-    def _weighted_use(self, env: execute.Env, use: Use, weights: jax.Array) -> list[jax.Array]:
+    def weighted_use(self, env: execute.Env, use: Use, weights: jax.Array) -> list[jax.Array]:
         """Returns the weighted sums over examples of the cotangents of the PARAM operands."""
         residual = self.residuals[use.index]
+        if use.probed:
+            rows = execute.probed_rows(use, self.cotangents[use.index])
+            return [
+                linalg.sum_of_rows(weights, x, linalg.accumulation_dtype(x)).astype(x.dtype)
+                for x in rows
+            ]
         cotangents = linalg.times_rows(weights, self.cotangents[use.index])
         rule = rule_of(use)
         if rule.gradients is not None and rule.has_gradients(use):
             return [rule.gradients(use, residual[0], cotangents[0], summed=True)]
         return execute.pull(use, env, residual, cotangents, over_examples=True)
 
-    def factors(self, part: Part) -> tuple[Factor, Factor]:
-        """Returns X and Y of one part of a structured group."""
+    def factors(
+        self, part: Part, env: execute.Env, scaled: Callable[[jax.Array], jax.Array]
+    ) -> tuple[Factor, Factor]:
+        """Returns X and Y of one part of a structured group, Y in another scale."""
         use = part.use
         x, y = self.residuals[use.index][0], self.cotangents[use.index][0]
-        return part.arrange(rule_of(use).left(use, x, part.factors), y)
+        x = rule_of(use).left(use, x, part.factors)
+        return part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
 
 
-def _structured(a: Pass, b: Pass, position: int, dtype: jnp.dtype) -> jax.Array:
+def _structured(
+    a: Pass, b: Pass, position: int, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     # Two passes have two programs of equal structure.
     group, parts = a.plan.groups[position], b.plan.groups[position].parts
-    left = [a.factors(part) for part in group.parts]
-    right = left if a is b else [b.factors(part) for part in parts]
+    env = a.env()
+    left = [a.factors(part, env, scaled) for part in group.parts]
+    right = left if a is b else [b.factors(part, b.env(), scaled) for part in parts]
     total = jnp.zeros((), dtype)
     for (i, j), pairing in group.pairings.items():
         block = factors.inner_products(left[i], right[j], pairing, dtype)
@@ -130,9 +146,12 @@ def _structured(a: Pass, b: Pass, position: int, dtype: jnp.dtype) -> jax.Array:
     return total
 
 
-def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype) -> jax.Array:
+def _structured_squares(
+    done: Pass, group: Group, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """Returns the diagonal of what `_structured` returns, each example by itself."""
-    parts = [done.factors(part) for part in group.parts]
+    env = done.env()
+    parts = [done.factors(part, env, scaled) for part in group.parts]
 
     def one(arrays: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
         pairs = [
@@ -149,13 +168,13 @@ def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype) -> jax.Array
     return jnp.maximum(squares, 0)  # over several positions the sum can round to below zero
 
 
-def _own_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns inner products of gradients (B, k, *s) and (B, l, *s) of slices: (B k, B l)."""
+def _own_products(x: jax.Array, y: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
+    """Returns inner products of gradients (B k, *s) and (B l, *s) of slices that B = n own."""
+    x, y = (z.reshape(n, -1, *z.shape[1:]) for z in (x, y))
     axes = range(2, x.ndim)
     blocks = factors.product(x, y, (axes, axes), ((0,), (0,)), dtype)
-    n, k, other = blocks.shape
     same = jnp.eye(n, dtype=bool)[:, None, :, None]
-    return jnp.where(same, blocks[:, :, None, :], 0).reshape(n * k, n * other)
+    return jnp.where(same, blocks[:, :, None, :], 0).reshape(n * x.shape[1], n * y.shape[1])
 
 
 def _forward_backward(
@@ -187,7 +206,7 @@ def _forward_backward(
         closed, shapes = jax.make_jaxpr(fun, return_shape=True)(leaves, own, mapped)
         program = prune(build(closed, len(leaves)))
         traced.extend([program, closed.consts, shapes])
-        env = execute.shared_env(program, leaves, closed.consts)
+        env = execute.shared_env(program, leaves, list(map(jnp.asarray, closed.consts)))
         taps = [
             [jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding) for s in tap]
             for tap in execute.tap_shapes(program)
@@ -214,7 +233,7 @@ def _forward_backward(
     else:
         of_own = [x[:, None] for x in of_own]
     plan = make_plan(program, in_gramian, losses.shape[0], diagonal)
-    done = Pass(plan, leaves, list(constants), residuals, cotangents, of_own, {})
+    done = Pass(plan, leaves, list(map(jnp.asarray, constants)), residuals, cotangents, of_own, {})
     return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
 
 
@@ -262,44 +281,77 @@ class PerExample:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit."""
         return linalg.symmetric(self.cross(self))
 
-    def cross(self, other: "PerExample") -> jax.Array:
-        """Returns the inner products with the gradients of another batch."""
-        a, b = self._pass, other._pass
-        dtype = linalg.accumulation_dtype(a.leaves, a.own)
-        total = jnp.zeros((self.losses.shape[0], other.losses.shape[0]), dtype)
-        for i, group in enumerate(a.plan.groups):
-            if not a.plan.counts(group):
-                continue
-            if group.method == "factors":
-                total = total + _structured(a, b, i, dtype)
-                continue
-            for leaf, rows in self._rows()[i].items():
-                if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
-                    total = total + linalg.row_products(rows, other._rows()[i][leaf], dtype)
-        for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
-            if counts:
-                total = total + _own_products(x, y, dtype)
-        return total
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
+        nonzero, exponent = self._exponents()
+        return linalg.in_one_scale(
+            linalg.symmetric(self._products(self, -exponent)), nonzero, exponent
+        )
 
-    def squared_norms(self) -> jax.Array:
-        """Returns the ``(m,)`` diagonal of the Gramian; for a pass with ``diagonal``."""
-        done = self._pass
-        dtype = linalg.accumulation_dtype(done.leaves, done.own)
+    def norms(self) -> jax.Array:
+        """Returns the norms (m,) of the gradients, of a pass with ``diagonal``."""
+        done, dtype = self._pass, self._dtype()
+        _, exponent = self._exponents()
+
+        def scaled(rows: jax.Array) -> jax.Array:
+            return linalg.scale_rows(rows, -exponent, dtype)
+
+        def squares(rows: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(scaled(rows)), axis=range(1, rows.ndim))
+
         total = jnp.zeros(self.losses.shape, dtype)
         for i, group in enumerate(done.plan.groups):
             if not done.plan.counts(group):
                 continue
             if group.method == "factors":
-                total = total + _structured_squares(done, group, dtype)
+                total = total + _structured_squares(done, group, dtype, scaled)
                 continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
-                    squares = jnp.square(rows.astype(dtype))
-                    total = total + jnp.sum(squares, axis=range(1, rows.ndim))
+                    total = total + squares(rows)
         for x, counts in zip(done.own, self._own_in_gramian, strict=True):
             if counts:
-                squares = jnp.square(x.astype(dtype))
-                total = total + jnp.sum(squares, axis=range(2, x.ndim)).reshape(-1)
+                total = total + squares(x.reshape(-1, *x.shape[2:]))
+        return linalg.ldexp(jnp.sqrt(total), exponent)
+
+    def _dtype(self) -> jnp.dtype:
+        return linalg.accumulation_dtype(self._pass.leaves, self._pass.own)
+
+    def _exponents(self) -> tuple[jax.Array, jax.Array]:
+        """Returns which rows are not zero, and a power of two of the size of each."""
+        done = self._pass
+        used = [done.cotangents[use.index] for group in done.plan.groups for use in group.uses]
+        m = self.losses.shape[0]
+        own = [x.reshape(m, *x.shape[2:]) for x in done.own]
+        return linalg.row_exponents([used, self._rows(), own], m, self._dtype())
+
+    def cross(self, other: "PerExample") -> jax.Array:
+        """Returns the inner products with the gradients of another batch."""
+        return self._products(other)
+
+    def _products(self, other: "PerExample", exponent: jax.Array | None = None) -> jax.Array:
+        """Returns the inner products; with ``exponent`` of the rows times two to its power."""
+        a, b = self._pass, other._pass
+        dtype = linalg.accumulation_dtype(a.leaves, a.own)
+
+        def scaled(rows: jax.Array) -> jax.Array:
+            return rows if exponent is None else linalg.scale_rows(rows, exponent, dtype)
+
+        total = jnp.zeros((self.losses.shape[0], other.losses.shape[0]), dtype)
+        for i, group in enumerate(a.plan.groups):
+            if not a.plan.counts(group):
+                continue
+            if group.method == "factors":
+                total = total + _structured(a, b, i, dtype, scaled)
+                continue
+            for leaf, rows in self._rows()[i].items():
+                if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
+                    others = other._rows()[i][leaf]
+                    total = total + linalg.row_products(scaled(rows), scaled(others), dtype)
+        for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
+            if counts:
+                x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
+                total = total + _own_products(scaled(x), scaled(y), len(a.own[0]), dtype)
         return total
 
     def explain(self) -> str:
@@ -307,6 +359,28 @@ class PerExample:
         found = jax.tree_util.tree_leaves_with_path(self._params)
         names = [jax.tree_util.keystr(path) or "params" for path, _ in found]
         return describe(self._pass.plan, names, [leaf for _, leaf in found], self._examples.own)
+
+
+def over_examples(
+    options: Options, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[PyTree], tuple[jax.Array, Any]]:
+    """Returns the losses of all examples as a function of the parameters."""
+    examples = arguments.match(options.in_axes, params, args)
+
+    def call(params: PyTree) -> tuple[jax.Array, Any]:
+        leaves, treedef = jax.tree.flatten(params)
+        common, own = examples.split(leaves)
+
+        def one_example(own: list[jax.Array], mapped: list[jax.Array]) -> tuple[jax.Array, Any]:
+            params = jax.tree.unflatten(treedef, examples.join(common, own))
+            losses, aux = options.call(params, *examples.arguments(mapped), **kwargs)
+            arguments.check_example_losses(losses.shape)
+            return losses.reshape(-1), aux
+
+        losses, aux = jax.vmap(one_example)(own, examples.mapped)
+        return losses.reshape(-1), aux
+
+    return call
 
 
 def _pull(
@@ -326,9 +400,11 @@ def _pull(
         if not any(common[leaf] for leaf in group.leaves):
             continue
         kept = done.kept.get(i)
+        if kept is None and group.bent:
+            kept = done.group_rows(group)
         if kept is None:
             for use in group.uses:
-                found = done._weighted_use(env, use, weights)
+                found = done.weighted_use(env, use, weights)
                 for value, cotangent in zip(use.params, found, strict=True):
                     add(cotangents, value, cotangent)
             continue

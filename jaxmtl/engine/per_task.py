@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import arguments, linalg
+from jaxmtl.engine import linearity
+from jaxmtl.engine.program import as_function
 from jaxmtl.engine.route import Options, Pull
-
-PyTree = Any
+from jaxmtl.types import PyTree
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["losses", "inputs", "push", "vjp"],
-    meta_fields=["reason"],
+    meta_fields=["is_linear", "chunk_size", "reason"],
 )
 @dataclasses.dataclass
 class Linear:
@@ -28,39 +29,84 @@ class Linear:
     Attributes:
       losses: ``(m,)``.
       inputs: What they were linearised in, a list of arrays.
-      push: ``inputs -> [(m,)]``, the map J, or None where there is no forward mode.
-      vjp: ``[(m,)] -> (inputs,)``, the map J^T, where ``push`` is None.
-      reason: Why there is no ``push``.
+      push: ``inputs -> [(m,)]``, the map J, or None where rows have to be compared.
+      vjp: ``[(m,)] -> (inputs,)``, the map J^T, where there is no forward mode.
+      is_linear: Whether this map is linear; where it is not, J is the rows of unit cotangents.
+      chunk_size: How many rows exist at a time.
+      reason: Why there is no forward mode.
     """
 
     losses: jax.Array
     inputs: list[jax.Array]
     push: Callable[..., Any] | None
     vjp: Callable[..., Any] | None
-    reason: str | None = None
+    is_linear: bool
+    chunk_size: int | None
+    reason: str | None
+
+    def row(self, cotangent: jax.Array) -> list[jax.Array]:
+        """Returns one backward pass, one array per input."""
+        push: Any = self.push
+        pullback = self.vjp or jax.linear_transpose(push, self.inputs)
+        (grads,) = pullback([cotangent.astype(self.losses.dtype)])
+        return list(grads)
 
     def pull(self, weights: jax.Array) -> list[jax.Array]:
         """Returns ``J^T w``, one array per input."""
-        weights = weights.astype(self.losses.dtype)
-        pullback: Any = self.vjp
-        if self.push is not None:
-            pullback = jax.linear_transpose(self.push, self.inputs)
-        (grads,) = pullback([weights])
-        return list(grads)
+        if self.is_linear:
+            return self.row(weights)
+        return weighted_rows(self.row, self.losses, weights, self.chunk_size)
 
-    def rows(self) -> list[jax.Array]:
-        """Returns J, one array ``(m, *shape)`` per input."""
-        return jax.vmap(self.pull)(linalg.units(self.losses))
+    def rows(self, first: jax.Array | int = 0, count: int | None = None) -> list[jax.Array]:
+        """Returns rows of J, one array ``(count, *shape)`` per input; the last again at the end."""
+        units = linalg.units(self.losses)
+        if count is not None:
+            units = units[jnp.minimum(first + jnp.arange(count), len(units) - 1)]
+        return jax.vmap(self.row)(units)
+
+
+def weighted_rows(
+    row: Callable[[jax.Array], list[jax.Array]],
+    losses: jax.Array,
+    weights: jax.Array,
+    chunk_size: int | None,
+) -> list[jax.Array]:
+    """Returns the weighted sum of the rows of unit cotangents, ``chunk_size`` of them at a time."""
+    m = losses.shape[0]
+    size = min(chunk_size or m, m)
+    count = -(-m // size)
+    padded = jnp.pad(weights, (0, count * size - m)).reshape(count, size)
+    units = linalg.units(losses)[jnp.minimum(jnp.arange(count * size), m - 1)]
+
+    def step(total: list[jax.Array], chunk: Any) -> tuple[list[jax.Array], None]:
+        some, units = chunk
+        rows = jax.vmap(row)(units)
+        sums = [linalg.sum_of_rows(some, x, y.dtype) for x, y in zip(rows, total, strict=True)]
+        return [x + y for x, y in zip(total, sums, strict=True)], None
+
+    like = jax.eval_shape(row, units[0])
+    start = [jnp.zeros(x.shape, linalg.accumulation_dtype(x)) for x in like]
+    chunks = padded, units.reshape(count, size, m)
+    if count == 1:
+        total, _ = step(start, jax.tree.map(lambda x: x[0], chunks))
+    else:
+        total, _ = lax.scan(step, start, chunks)
+    return [x.astype(y.dtype) for x, y in zip(total, like, strict=True)]
 
 
 def linearise(
-    fun: Callable[..., tuple[jax.Array, Any]], inputs: Sequence[jax.Array]
+    fun: Callable[..., tuple[jax.Array, Any]],
+    inputs: Sequence[jax.Array],
+    chunk_size: int | None = None,
+    needs_push: bool = True,
 ) -> tuple[Linear, Any]:
     """Linearises ``inputs -> (losses, aux)``.
 
     Args:
       fun: Function of a list of arrays.
       inputs: Where to linearise it.
+      chunk_size: How many rows may exist at a time.
+      needs_push: Whether rows will be compared; otherwise one backward pass is all.
 
     Returns:
       The `Linear`, and aux.
@@ -68,49 +114,79 @@ def linearise(
     inputs = list(inputs)
     closed, (losses, aux) = jax.make_jaxpr(fun, return_shape=True)(inputs)
     arguments.check_task_losses(losses.shape)
-    flat = jex.jaxpr_as_fun(closed)
+    flat = as_function(closed)
 
     def split(inputs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         first, *rest = flat(*inputs)
         return [first], rest
 
-    reason = _obstacle(closed, inputs)
-    if reason is None:
+    narrow = _narrow(closed, inputs)
+    custom = first_custom(closed.jaxpr)
+    push: Any = None
+    vjp: Any = None
+    is_linear = True
+    if needs_push and not narrow and not custom:
         (losses,), push, rest = jax.linearize(split, inputs, has_aux=True)
-        linear = Linear(losses, inputs, push, None)
     else:
-        linearised: Any = jax.vjp(split, inputs, has_aux=True)
-        (losses,), vjp, rest = linearised
-        linear = Linear(losses, inputs, None, vjp, reason)
+        found: Any = jax.vjp(split, inputs, has_aux=True)
+        (losses,), vjp, rest = found
+        if custom:
+            is_linear = linearity.is_linear(jax.make_jaxpr(vjp)([losses]))
+        if not narrow and is_linear:
+            push = jax.tree_util.Partial(_transposed, vjp, losses)
+    linear = Linear(losses, inputs, push, vjp, is_linear, chunk_size, narrow or custom)
     return linear, jax.tree.unflatten(jax.tree.structure(aux), rest)
 
 
-def _obstacle(closed: Any, inputs: Sequence[jax.Array]) -> str | None:
-    """Returns why rows cannot be pushed through the linearised losses, or None if they can."""
+def _transposed(vjp: Callable[..., Any], losses: jax.Array, rows: list[jax.Array]) -> Any:
+    (found,) = jax.linear_transpose(lambda cotangent: vjp(cotangent)[0], [losses])(rows)
+    return found
+
+
+def _narrow(closed: Any, inputs: Sequence[jax.Array]) -> str | None:
+    """Returns why pushed rows would be rounded, at which small eigenvalues are lost, or None."""
     if any(jnp.finfo(x.dtype).bits < 32 for x in inputs):
         return "parameters are narrower than float32 and their rows are accumulated in float32"
-    return _first_obstacle(closed.jaxpr, closed.jaxpr.invars)
 
-
-def _first_obstacle(jaxpr: Any, sources: Sequence[Any]) -> str | None:
-    """Returns what is wrong with the first primitive without an exact forward mode."""
-    reached = set(sources)
-    for eqn in jaxpr.eqns:
-        if not any(not isinstance(v, jex.Literal) and v in reached for v in eqn.invars):
-            continue
-        reached.update(eqn.outvars)
+    def is_narrow(eqn: Any) -> str | None:
         for v in eqn.outvars:
             dtype = getattr(v.aval, "dtype", bool)
-            # A pushed tangent would be rounded at every step, and small eigenvalues lost.
             if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
                 return f"{eqn.primitive.name} computes in {dtype}, and Gramians in float32"
+        return None
+
+    return _first(closed.jaxpr, is_narrow)
+
+
+def first_custom(jaxpr: Any) -> str | None:
+    """Returns what has no forward mode, or may have a backward pass that is not linear, or None."""
+
+    def is_custom(eqn: Any) -> str | None:
         if eqn.primitive.name == "custom_vjp_call":
-            return f"{eqn.primitive.name} has no forward mode"
-        if eqn.primitive.name == "custom_jvp_call":
+            return "custom_vjp_call has no forward mode"
+        if any(hasattr(v.aval, "inner_aval") for v in eqn.outvars):
+            return "mutable arrays have no forward mode"
+        return None
+
+    return _first(jaxpr, is_custom)
+
+
+def _first(jaxpr: Any, find: Callable[[Any], str | None]) -> str | None:
+    """Returns the first finding among the equations that depend on the inputs."""
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        is_reached = any(not isinstance(v, jex.Literal) and v in reached for v in eqn.invars)
+        is_state = any(hasattr(v.aval, "inner_aval") for v in eqn.outvars)
+        if not is_reached and not is_state:
+            continue
+        reached.update(eqn.outvars)
+        found = find(eqn)
+        if found or eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+            if found:
+                return found
             continue
         for inner in jex.jaxprs_in_params(eqn.params):
-            body = getattr(inner, "jaxpr", inner)
-            found = _first_obstacle(body, body.invars)
+            found = _first(getattr(inner, "jaxpr", inner), find)
             if found:
                 return found
     return None
@@ -126,58 +202,148 @@ class Tasks:
     features: Any = None
     pullback: jax.tree_util.Partial
 
-    def __init__(self, linear: Linear, aux: Any, chunk_size: int | None) -> None:
+    def __init__(self, linear: Linear, aux: Any) -> None:
         self.linear = linear
         self.losses = linear.losses
         self.aux = aux
-        self.chunk_size = chunk_size
 
     def gramian(self) -> jax.Array:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit."""
         return linalg.symmetric(self.cross(self))
 
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
+        table, nonzero, exponent = self._table(self, scaled=True)
+        return linalg.in_one_scale(linalg.symmetric(table), nonzero, exponent)
+
     def cross(self, other: "Tasks") -> jax.Array:
         """Returns ``J_1 J_2^T``, one chunk of columns after the other."""
+        return self._table(other, scaled=False)[0]
+
+    def _table(self, other: "Tasks", scaled: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns ``J_1 J_2^T``, and of J_2 whether rows are not zero, and their exponents.
+
+        If ``scaled``, of two equal sides, each row is divided by two to the power of its exponent.
+        """
         a, b = self.linear, other.linear
         dtype = linalg.accumulation_dtype(a.inputs, a.losses)
-        num_a, num_b = a.losses.shape[0], b.losses.shape[0]
-        push = a.push
-        if push is None:
-            left = a.rows()
-            right = left if a is b else b.rows()
-            total = jnp.zeros((num_a, num_b), dtype)
-            for x, y in zip(left, right, strict=True):
-                total = total + linalg.row_products(x, y, dtype)
-            return total
-        size = min(self.chunk_size or 1, num_b)
+        if a.push is None:
+            return _by_rows(a, b, dtype, scaled)
+        num_b = b.losses.shape[0]
+        size = min(a.chunk_size or 1, num_b)
         num_chunks = -(-num_b // size)
         unit = jnp.pad(linalg.units(b.losses), ((0, num_chunks * size - num_b), (0, 0)))
 
-        def column(cotangent: jax.Array) -> jax.Array:
-            (losses,) = push(b.pull(cotangent))
-            return losses.astype(dtype)
+        def column(cotangent: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            rows = [x[None] for x in b.row(cotangent)]
+            nonzero, exponent = _exponents(rows, 1, dtype, scaled)
+            rows = linalg.scale_rows(rows, -exponent, dtype) if scaled else rows
+            inputs = [x[0].astype(y.dtype) for x, y in zip(rows, a.inputs, strict=True)]
+            (losses,) = a.push(inputs)  # type: ignore[misc]
+            return losses.astype(dtype), nonzero[0], exponent[0]
 
         if num_chunks == 1:
-            return jax.vmap(column, out_axes=1)(unit)
-        if size == 1:
-            return lax.map(column, unit).T
-        table = lax.map(jax.vmap(column), unit.reshape(num_chunks, size, num_b))
-        return table.reshape(num_chunks * size, num_a)[:num_b].T
+            table, nonzero, exponent = jax.vmap(column)(unit)
+        elif size == 1:
+            table, nonzero, exponent = lax.map(column, unit)
+        else:
+            found = lax.map(jax.vmap(column), unit.reshape(num_chunks, size, num_b))
+            table, nonzero, exponent = jax.tree.map(
+                lambda x: x.reshape(-1, *x.shape[2:])[:num_b], found
+            )
+        table = table.T
+        if scaled:
+            table = linalg.ldexp(table, -exponent[:, None])
+        return table, nonzero, exponent
 
     def explain(self) -> str:
         """Tells how rows are contracted."""
-        if self.linear.push is None:
-            return f"all gradients of {self.of} at once, row against row: {self.linear.reason}"
-        size = min(self.chunk_size or 1, self.losses.shape[0])
-        return f"gradients of {self.of}, {size} at a time, pushed through the linearised losses"
+        linear, m = self.linear, self.losses.shape[0]
+        some = f"gradients of {self.of}, {min(linear.chunk_size or 1, m)} at a time"
+        if linear.vjp is None:
+            return f"{some}, pushed through the linearised losses"
+        if linear.push is not None:
+            return f"{some}, pushed through the transposed backward pass: {linear.reason}"
+        text = f"all gradients of {self.of} at once, row against row: {linear.reason}"
+        if linear.chunk_size is not None and linear.chunk_size < m:
+            blocks = -(-m // linear.chunk_size)
+            pulls = linear.chunk_size * blocks * (blocks + 1) // 2
+            text = f"{some}, row against row in {pulls} backward passes: {linear.reason}"
+        if not linear.is_linear:
+            text += "; a backward pass is not linear, so that the pullback is a sum of rows"
+        return text
+
+
+def _exponents(
+    rows: list[jax.Array], m: int, dtype: jnp.dtype, scaled: bool
+) -> tuple[jax.Array, jax.Array]:
+    if scaled:
+        return linalg.row_exponents(rows, m, dtype)
+    return jnp.ones((m,), bool), jnp.zeros((m,), jnp.int32)
+
+
+def _by_rows(
+    a: Linear, b: Linear, dtype: jnp.dtype, scaled: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `Tasks._table` from products of rows, two chunks of which exist at a time."""
+    num_a, num_b = a.losses.shape[0], b.losses.shape[0]
+    size = min(a.chunk_size or max(num_a, num_b), max(num_a, num_b))
+
+    def chunk(linear: Linear, position: jax.Array | int) -> Any:
+        count = min(size, linear.losses.shape[0])
+        rows = linear.rows(position * size, count)
+        nonzero, exponent = _exponents(rows, count, dtype, scaled)
+        rows = linalg.scale_rows(rows, -exponent, dtype) if scaled else rows
+        return rows, nonzero, exponent
+
+    def products(x: list[jax.Array], y: list[jax.Array]) -> jax.Array:
+        total: Any = jnp.zeros((), dtype)
+        for some, others in zip(x, y, strict=True):
+            total = total + linalg.row_products(some, others, dtype)
+        return total
+
+    of_a, of_b = -(-num_a // size), -(-num_b // size)
+    if of_a == of_b == 1:
+        rows, nonzero, exponent = chunk(b, 0)
+        return products(rows if a is b else chunk(a, 0)[0], rows), nonzero, exponent
+    if a is not b:
+
+        def line(i: jax.Array) -> jax.Array:
+            rows = chunk(a, i)[0]
+            return lax.map(lambda j: products(rows, chunk(b, j)[0]), jnp.arange(of_b))
+
+        table = lax.map(line, jnp.arange(of_a))  # (chunks, chunks', size, size)
+        table = table.transpose(0, 2, 1, 3).reshape(of_a * table.shape[2], -1)
+        return table[:num_a, :num_b], jnp.ones((num_b,), bool), jnp.zeros((num_b,), jnp.int32)
+
+    # Chunk i, then the chunks before it: each step pulls one and compares it with chunk i.
+    pairs = jnp.asarray([(i, j) for i in range(of_a) for j in (i, *range(i))])
+
+    def step(held: Any, pair: jax.Array) -> tuple[Any, Any]:
+        rows, *about = chunk(a, pair[1])
+        held = [jnp.where(pair[0] == pair[1], x, y) for x, y in zip(rows, held, strict=True)]
+        return held, (products(held, rows), *about)
+
+    start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: chunk(a, 0)[0]))
+    _, (blocks, nonzero, exponent) = lax.scan(step, start, pairs)
+    table = jnp.zeros((of_a, of_a, size, size), dtype).at[pairs[:, 0], pairs[:, 1]].set(blocks)
+    lower = table.transpose(0, 2, 1, 3).reshape(of_a * size, of_a * size)[:num_a, :num_a]
+    table = jnp.where(jnp.tri(num_a, dtype=bool), lower, lower.T)
+    diagonal = jnp.asarray([i * (i + 1) // 2 for i in range(of_a)])
+    return table, nonzero[diagonal].reshape(-1)[:num_a], exponent[diagonal].reshape(-1)[:num_a]
 
 
 class PerTask(Tasks):
     """The losses of m tasks over one batch, their Gramian with respect to shared parameters."""
 
     def __init__(
-        self, options: Options, params: PyTree, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        options: Options,
+        params: PyTree,
+        call: Callable[[PyTree], tuple[jax.Array, Any]],
+        needs_gramian: bool = True,
     ) -> None:
+        """Evaluates ``call``, the losses function with its data, and linearises it."""
         leaves, treedef = arguments.parameters(params)
         shared = arguments.shared_leaves(options.shared, params)
 
@@ -185,16 +351,17 @@ class PerTask(Tasks):
             def losses(inputs: list[jax.Array]) -> tuple[jax.Array, Any]:
                 found = iter(inputs)
                 full = [next(found) if w else x for x, w in zip(leaves, wanted, strict=True)]
-                return options.call(jax.tree.unflatten(treedef, full), *args, **kwargs)
+                return call(jax.tree.unflatten(treedef, full))
 
-            return linearise(losses, [x for x, w in zip(leaves, wanted, strict=True) if w])
+            inputs = [x for x, w in zip(leaves, wanted, strict=True) if w]
+            return linearise(losses, inputs, options.chunk_size, needs_gramian)
 
         linear, aux = of_leaves(shared)
-        super().__init__(linear, aux, options.chunk_size)
+        super().__init__(linear, aux)
         residual = {"shared": linear}
         if not all(shared):
             residual["heads"], _ = of_leaves([not flag for flag in shared])
-        pull = Pull(treedef, shared, functools.partial(_pull, shared))
+        pull = Pull(treedef, shared, functools.partial(_pull, shared), needs_gramian)
         self.pullback = jax.tree_util.Partial(pull, residual)
 
 

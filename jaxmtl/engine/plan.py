@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxmtl.engine import factors
-from jaxmtl.engine.factors import Part
+from jaxmtl.engine import paths
+from jaxmtl.engine.paths import Part
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import Program, Use, Value
 from jaxmtl.engine.views import Views
@@ -33,8 +33,10 @@ class Group:
       method: "factors" (inner products of factors, no gradient of an example exists), "rows" (one
         row per example of the one value used) or "leaf rows" (one row per example of each leaf).
       parts: For "factors", the uses with their factors.
-      pairings: For "factors", how parts i and j <= i pair.
+      pairings: For "factors", how parts i and j <= i pair, where they have entries in common.
       keep: Whether the rows are kept for the weighted sum.
+      bent: Whether the weighted sum is one of rows alone: a custom derivative on the way from the
+        values to the leaves need not be linear.
       reason: Why, in words.
     """
 
@@ -45,6 +47,7 @@ class Group:
     parts: tuple[Part, ...] = ()
     pairings: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
     keep: bool = False
+    bent: bool = False
     reason: str = ""
 
 
@@ -59,17 +62,6 @@ class Plan:
     def counts(self, group: Group) -> bool:
         """Tells whether a group has a part in the Gramian."""
         return any(self.in_gramian[leaf] for leaf in group.leaves)
-
-
-def _part_of(use: Use, views: Views, alone: bool) -> Part | None:
-    """Returns a use with its factors, if a rule knows them; ``alone``: its group has one value."""
-    found = rule_of(use).factors(use)
-    names = views.axis_names(use.params[0], alone) if len(use.params) == 1 else None
-    if found is None or names is None:
-        return None
-    if found.lookup is not None and (names[found.lookup] is None or found.shared):
-        return None
-    return Part(use, found, names)
 
 
 def make_plan(
@@ -123,7 +115,7 @@ def _group(program: Program, views: Views) -> list[Group]:
 
 
 def _choose(
-    group: Group, views: Views, size: tuple[int, bool], leaf_size: int, mixed: bool
+    group: Group, views: Views, wanted: tuple[int, bool], leaf_size: int, mixed: bool
 ) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
@@ -134,24 +126,23 @@ def _choose(
         for v in (*use.data, *use.outs)
     )
     group.keep = leaf_size <= _KEEP_ROWS * sources
-    if mixed or any(v is None for v in seen):
-        group.reason = f"used through another function of the parameter, by {names}"
+    group.bent = any(v.bent for v in group.values)
+    if mixed or group.bent:
+        group.keep |= group.bent
+        group.reason = f"used through a custom derivative that need not be linear, by {names}"
         if mixed:
             group.reason = f"used together with a parameter that is not shared, by {names}"
         return
-    found = [_part_of(use, views, alone) for use in group.uses]
-    parts = tuple(part for part in found if part is not None)
-    pairings = {
-        (i, j): factors.pairing(p, q) for i, p in enumerate(parts) for j, q in enumerate(parts[:i])
-    }
-    pairings |= {(i, i): "straight" for i in range(len(parts))}
-    known = {pair: how for pair, how in pairings.items() if how is not None}
-    missing = [u for u, part in zip(group.uses, found, strict=True) if part is None]
-    one_box = len({v.pieces for v in seen if v is not None}) == 1
-    group.method = "rows" if alone else "leaf rows"
-    if missing or len(known) < len(pairings) or not (alone or one_box):
-        if not missing:
-            group.reason = f"uses of different shape, by {names}"
+    if alone and seen[0] is not None:
+        group.method = "rows"
+    found = [_parts_of(use, views, alone) for use in group.uses]
+    missing = [u for u, parts in zip(group.uses, found, strict=True) if not parts]
+    if missing:
+        if any(use.probed for use in group.uses):
+            group.keep = True
+            group.reason = f"differentiated together with the example, by {names}"
+        elif any(view is None for view in seen):
+            group.reason = f"used through another function of the parameter, by {names}"
         elif len(missing) == 1 and rule_of(missing[0]).has_gradients(missing[0]):
             group.reason = rule_of(missing[0]).reason
         elif leaf_size <= sources:
@@ -160,7 +151,18 @@ def _choose(
             unknown = ", ".join(dict.fromkeys(use.name for use in missing))
             group.reason = f"no structured rule for {unknown}"
         return
-    by_factors, by_rows = _costs(group, parts, *size)
+    parts = tuple(part for some in found for part in some or ())
+    pairings = {}
+    for i, p in enumerate(parts):
+        for j, q in enumerate(parts[: i + 1]):
+            relation = views.relation(p.value, q.value)
+            if relation != "apart":
+                pairings[i, j] = paths.pairing(p, q) if relation == "same" else None
+    known = {pair: how for pair, how in pairings.items() if how is not None}
+    if len(known) < len(pairings):
+        group.reason = f"uses of different shape, by {names}"
+        return
+    by_factors, by_rows = _costs(group, parts, known, wanted, leaf_size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
@@ -168,26 +170,44 @@ def _choose(
         group.reason = f"{names} at so many positions that one row per example is cheaper"
 
 
-def _costs(group: Group, parts: Sequence[Part], n: int, diagonal: bool) -> tuple[float, float]:
+def _parts_of(use: Use, views: Views, alone: bool) -> list[Part] | None:
+    """Returns the parts of a use, if a rule knows its factors."""
+    found = None if use.probed or len(use.params) != 1 else rule_of(use).factors(use)
+    return None if found is None else paths.parts_of(use, found, views, alone)
+
+
+def _costs(
+    group: Group,
+    parts: Sequence[Part],
+    pairings: dict[tuple[int, int], str],
+    wanted: tuple[int, bool],
+    leaf_size: int,
+) -> tuple[float, float]:
     """Returns the costs of "factors" and of rows, in operations."""
+    n, diagonal = wanted
     products = n if diagonal else n * n
+
+    def size(part: Part, axes: Sequence[int]) -> int:
+        return math.prod(part.value.shape[a] for a in axes)
+
     positions = []
     for part in parts:
-        num_shared = math.prod(part.shape[a] for a, *_ in part.factors.shared)
-        width = sum(part.shape[a] for a, *_ in (*part.factors.left, *part.factors.right))
-        positions.append((part.num_positions(), num_shared, width))
+        left, right = (size(part, side) for side in part.layout.own)
+        width = right + (left if part.factors.lookup is None else 0)
+        positions.append((part.num_positions(), size(part, part.layout.shared), width))
     by_factors = 0.0
-    for i, (t, num_shared, width) in enumerate(positions):
-        for s, _, _ in positions[: i + 1]:
-            pairs = products * t * s * num_shared * (1 if s == t else 2)
-            by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
-    size = math.prod(group.values[0].shape)
-    by_rows = 2.0 * products * size + _MEMORY_COST * 2 * n * size
-    for part, (t, _, _) in zip(parts, positions, strict=True):
-        if rule_of(part.use).writes_rows:
-            by_rows += _MEMORY_COST * n * size
+    for i, j in pairings:
+        (t, num_shared, width), (s, _, _) = positions[i], positions[j]
+        pairs = products * t * s * num_shared * (1 if i == j else 2)
+        by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
+    by_rows = 2.0 * products * leaf_size + _MEMORY_COST * 2 * n * leaf_size
+    for use in group.uses:
+        value_size = math.prod(use.params[0].shape)
+        if rule_of(use).writes_rows:
+            by_rows += _MEMORY_COST * n * value_size
         else:
-            by_rows += 2.0 * n * t * size
+            t = next(part.num_positions() for part in parts if part.use is use)
+            by_rows += 2.0 * n * t * value_size
     return by_factors, by_rows
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 CONST, PARAM, FROZEN, DATA = "const", "param", "frozen", "data"
@@ -43,6 +44,7 @@ class Value:
       origin: ``(call, position)`` that computes it, or the outer ``Value`` it is one slice of.
       leaf: position among the parameter leaves, for a leaf.
       literal: its value, for a literal.
+      bent: whether its cotangent goes back to the leaves by a rule that need not be linear.
     """
 
     aval: Any
@@ -51,6 +53,7 @@ class Value:
     origin: tuple[Call, int] | Value | None = None
     leaf: int | None = None
     literal: Any = None
+    bent: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,11 +80,21 @@ class Use(Call):
       index: its position in ``Program.uses``.
       loops: the opened loops around it, outermost first.
       tapped: positions of the outputs that carry a derivative.
+      probed: whether taps are added to its PARAM operands in place of its outputs: the backward
+        pass then gives the rows themselves, by whatever rule a custom derivative has.
     """
 
     index: int = 0
     loops: tuple[Loop, ...] = ()
     tapped: tuple[int, ...] = ()
+    probed: bool = False
+
+    @property
+    def taps(self) -> tuple[Any, ...]:
+        """The types of what its taps are added to, as seen inside the innermost loop."""
+        if self.probed:
+            return tuple(v.aval for v in self.params)
+        return tuple(self.outs[k].aval for k in self.tapped)
 
     @property
     def params(self) -> tuple[Value, ...]:
@@ -132,3 +145,29 @@ def is_float(aval: Any) -> bool:
 def from_params(value: Value) -> bool:
     """Tells whether the value depends on the parameters alone: it is computed outside all loops."""
     return value.kind in (PARAM, FROZEN)
+
+
+def as_function(closed: Any) -> Callable[..., Sequence[jax.Array]]:
+    """Returns a closed jaxpr as a function of its inputs.
+
+    Constants and literals that are arrays of NumPy are arrays of JAX in it: the rule of a custom
+    derivative may index them by a traced number.
+    """
+    literals: list[Any] = []
+    added: list[Any] = []
+    eqns = []
+    for eqn in closed.jaxpr.eqns:
+        invars = list(eqn.invars)
+        for i, v in enumerate(invars):
+            if isinstance(v, jex.Literal) and jnp.ndim(v.val):
+                invars[i] = jex.Var(v.aval)
+                literals.append(v.val)
+                added.append(invars[i])
+        eqns.append(eqn.replace(invars=invars))
+    jaxpr = closed.jaxpr.replace(constvars=[*closed.jaxpr.constvars, *added], eqns=eqns)
+
+    def fun(*args: jax.Array) -> Sequence[jax.Array]:
+        consts = [jnp.asarray(x) for x in (*closed.consts, *literals)]
+        return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))(*args)
+
+    return fun

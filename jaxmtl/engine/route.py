@@ -1,4 +1,4 @@
-"""What the three routes have in common: what they are told, and the pullback."""
+"""What the routes have in common: what they are told, and the pullback."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,17 +6,18 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxmtl import arguments, linalg
-
-PyTree = Any
+from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl.names import Aux
+from jaxmtl.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What `value_and_gramian` and its relatives are told; see there."""
 
-    losses_fn: Callable[..., Any]
+    losses_fn: Any
     in_axes: Any = None
     encoder: Callable[..., Any] | None = None
     shared: Any = None
@@ -24,7 +25,10 @@ class Options:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        arguments.check_callable(self.losses_fn, "a losses function")
+        if separate.is_several(self.losses_fn):
+            separate.check_functions(self.losses_fn, self.in_axes, self.encoder)
+        else:
+            arguments.check_callable(self.losses_fn, "a losses function")
         arguments.check_chunk_size(self.chunk_size)
         if self.encoder is not None:
             arguments.check_callable(self.encoder, "an encoder function encode(params, *args) -> z")
@@ -39,8 +43,13 @@ class Options:
                 "processed in chunks, as their gradients are not formed: drop it"
             )
 
-    def call(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
-        """Returns ``(losses, aux)``, aux None if there is none."""
+    def takes(self, num_args: int) -> keywords.Names:
+        """Returns the keywords of the losses function beside ``num_args`` arguments."""
+        lead = 1 if self.encoder is None else 2  # the parameters, and z
+        return keywords.of_losses(self.losses_fn, lead + num_args)
+
+    def call(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, Aux]:
+        """Returns ``(losses, aux)``; see `arguments.call_losses`."""
         return arguments.call_losses(self.losses_fn, self.has_aux, *args, **kwargs)
 
 
@@ -49,18 +58,21 @@ class Route(Protocol):
 
     Attributes:
       losses: ``(m,)``.
-      aux: The auxiliary output.
+      aux: The auxiliary output and the names of the losses.
       features: z of the encoder, or None.
       pullback: ``(weights, head_weights=None) -> grads``.
     """
 
     losses: jax.Array
-    aux: Any
+    aux: Aux
     features: Any
     pullback: jax.tree_util.Partial
 
     def gramian(self) -> jax.Array:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit; computed only if called."""
+
+    def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
 
     def cross(self, other: Any) -> jax.Array:
         """Returns ``J_1 J_2^T``, with J_2 that of the same function on another batch."""
@@ -78,11 +90,13 @@ class Pull:
       shared: For each leaf, whether it is shared.
       pull: ``(residual, weights, wanted) -> grads``; entries of leaves that are not wanted are
         undefined.
+      scales: Whether weights of any size may come, as those of a Gramian may.
     """
 
     treedef: Any
     shared: tuple[bool, ...]
     pull: Callable[..., list[jax.Array]]
+    scales: bool = True
 
     def __call__(
         self, residual: Any, weights: jax.Array, head_weights: jax.Array | None = None
@@ -102,11 +116,17 @@ class Pull:
     def _scaled(self, residual: Any, weights: jax.Array, wanted: Sequence[bool]) -> list[jax.Array]:
         """Returns ``pull`` in units in which no cotangent overflows where no row does."""
         weights = weights.astype(linalg.accumulation_dtype(weights))
+        if not self.scales:
+            return self.pull(residual, lax.optimization_barrier(weights), wanted)
         _, exponent = jnp.frexp(jnp.max(jnp.abs(weights)))
         grads = self.pull(residual, linalg.ldexp(weights, -exponent), wanted)
+        dtypes = {
+            linalg.accumulation_dtype(x) for x, flag in zip(grads, wanted, strict=True) if flag
+        }
+        powers = {dtype: linalg.powers_of_two(exponent, dtype) for dtype in dtypes}
 
         def back(grad: jax.Array) -> jax.Array:
-            wide = grad.astype(linalg.accumulation_dtype(grad))
-            return linalg.ldexp(wide, exponent).astype(grad.dtype)
+            first, second = powers[linalg.accumulation_dtype(grad)]
+            return (grad.astype(first.dtype) * first * second).astype(grad.dtype)
 
         return [back(grad) if flag else grad for grad, flag in zip(grads, wanted, strict=True)]

@@ -1,13 +1,16 @@
-"""The choice among the three routes."""
+"""The choice among the routes."""
 
 from typing import Any
 
+import jax
+
+from jaxmtl import separate
 from jaxmtl.engine.encoder import PerFeature
-from jaxmtl.engine.per_example import PerExample
+from jaxmtl.engine.per_example import PerExample, over_examples
 from jaxmtl.engine.per_task import PerTask
 from jaxmtl.engine.route import Options, Route
-
-PyTree = Any
+from jaxmtl.engine.separate import Separate
+from jaxmtl.types import PyTree
 
 
 def evaluate(
@@ -28,8 +31,18 @@ def evaluate(
       kwargs: Keywords of the losses function, never mapped.
     """
     kwargs = kwargs or {}
-    if options.in_axes is not None:
-        return PerExample(options, params, args, kwargs, needs_gramian)
+    if separate.is_several(options.losses_fn):
+        return Separate(options, params, args, kwargs, needs_gramian)
     if options.encoder is not None:
-        return PerFeature(options, params, args, kwargs)
-    return PerTask(options, params, args, kwargs)
+        return PerFeature(options, params, args, kwargs, needs_gramian)
+
+    def call(params: PyTree) -> tuple[jax.Array, Any]:
+        return options.call(params, *args, **kwargs)
+
+    if options.in_axes is None:
+        return PerTask(options, params, call, needs_gramian)
+    if not needs_gramian:
+        found = PerTask(options, params, over_examples(options, params, args, kwargs), False)
+        if found.linear.is_linear:
+            return found
+    return PerExample(options, params, args, kwargs, needs_gramian)

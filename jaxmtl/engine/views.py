@@ -81,6 +81,14 @@ class Views:
             return bool(self.leaves(v) & self.leaves(w))
         return any(not _disjoint(p, q) for p in view_v.pieces for q in view_w.pieces)
 
+    def relation(self, v: Value, w: Value) -> str:
+        """Tells whether two selections are "same", "apart", or "mixed" ones."""
+        view_v, view_w = self.of(v), self.of(w)
+        if view_v is None or view_w is None or not self.overlap(v, w):
+            return "apart" if not self.overlap(v, w) else "mixed"
+        is_known = all(box is not None for _, box in view_v.pieces)
+        return "same" if v is w or (is_known and view_v.pieces == view_w.pieces) else "mixed"
+
     def axis_names(self, value: Value, alone: bool) -> tuple[int | None, ...] | None:
         """Names each axis of a value by the parameter's axis that it runs over.
 

@@ -33,10 +33,12 @@ def _factors(use: Use) -> Factors | None:
     if use.name == "dynamic_slice":
         sizes = use.eqn.params["slice_sizes"]
         axes = [a for a, (n, m) in enumerate(zip(shape, sizes, strict=True)) if n != m]
-        if len(axes) != 1 or sizes[axes[0]] != 1 or len(use.ins) != 1 + len(use.data):
+        if len(axes) != 1 or sizes[axes[0]] != 1 or len(use.data) != 1:
             return None
+        # Along axes that are taken whole the start does not matter: it is clamped to zero.
         start = use.eqn.invars[1 + axes[0]]
-        if len(use.data) != 1 or start not in use.eqn.invars[1:] or isinstance(start, jex.Literal):
+        read = list(dict.fromkeys(v for v in use.eqn.invars if not isinstance(v, jex.Literal)))
+        if isinstance(start, jex.Literal) or use.ins[read.index(start)].kind != DATA:
             return None
         right = [(a, depth + a) for a in range(len(shape)) if a != axes[0]]
         return Factors((), (), tuple(right), lookup=axes[0])

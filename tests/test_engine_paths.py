@@ -1,0 +1,301 @@
+"""Parameters that enter through a function: the Gramian without the gradient of an example."""
+
+import cProfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxmtl import linear_scalarization
+from jaxmtl.engine import value_and_grad, value_and_gramian
+from tests.operations import count
+
+
+def normal(seed, *shape):
+    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1
+    values = np.random.default_rng(seed).normal(size=shape) / scale
+    return jnp.asarray(values, jnp.result_type(float))
+
+
+def indices(seed, high, *shape):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape))
+
+
+def network(weights_of):
+    """Two layers with weights that are a function of the parameters."""
+
+    def loss(p, x):
+        for i in range(2):
+            x = jnp.tanh(x @ weights_of(jax.tree.map(lambda w, i=i: w[i], p)))
+        return jnp.sum(x**2)
+
+    return loss
+
+
+def layers(width, **shapes):
+    return {name: normal(i, 2, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def affine(width):
+    def weights_of(p):
+        w = 0.5 * p["w"] - jnp.eye(width) + p["v"].T / jnp.arange(1.0, width + 1)[:, None]
+        return -(w * jnp.arange(1.0, width + 1)) / width + jnp.reshape(p["u"], (width, width))
+
+    square = (width, width)
+    params = layers(width, w=square, v=square, u=(1, width, width))
+    return network(weights_of), params, (normal(9, 32, width),)
+
+
+def straight_through(width):
+    def weights_of(p):
+        rounded = jnp.round(16 * p["w"]) / 16
+        return p["w"] + lax.stop_gradient(rounded - p["w"])
+
+    return network(weights_of), layers(width, w=(width, width)), (normal(9, 32, width),)
+
+
+def low_rank(width):
+    def weights_of(p):
+        return p["w"] + 0.5 * (p["a"] @ p["b"]) + (p["c"].T @ jnp.ones((8, width)) / 8)
+
+    shapes = {"w": (width, width), "a": (width, 8), "b": (8, width), "c": (8, width)}
+    return network(weights_of), layers(width, **shapes), (normal(9, 32, width),)
+
+
+def adapter(width):
+    frozen = normal(7, width, width)
+
+    def weights_of(p):
+        return frozen + p["a"] @ p["b"]
+
+    return network(weights_of), layers(width, a=(width, 4), b=(4, width)), (normal(9, 32, width),)
+
+
+def symmetric(width):
+    return (
+        network(lambda p: p["w"] + p["w"].T),
+        layers(width, w=(width, width)),
+        (normal(9, 32, width),),
+    )
+
+
+def projected_heads(width):
+    """Matrices with more axes, a product along a left axis, positions."""
+    params = {"k": normal(1, width, 2, width // 2), "q": normal(2, width, width)}
+
+    def loss(p, x):
+        kernel = jnp.einsum("da,ahe->dhe", p["q"], p["k"])
+        return jnp.sum(jnp.tanh(jnp.einsum("td,dhe->the", x, kernel)) ** 2)
+
+    return loss, params, (normal(3, 32, 2, width),)
+
+
+def tied(width):
+    """One matrix in two layers, scaled differently, once transposed."""
+    params = {"w": normal(1, width, width)}
+
+    def loss(p, x):
+        h = jnp.tanh(x @ (2 * p["w"]))
+        return jnp.sum(jnp.tanh(h @ (p["w"].T / 3 + 1.0)) ** 2)
+
+    return loss, params, (normal(3, 32, width),)
+
+
+def branches(width):
+    params = {"w": normal(1, width, width), "v": normal(2, width, width)}
+
+    def loss(p, x):
+        h = lax.cond(x[0] > 0, lambda x: jax.nn.sigmoid(x @ p["w"]), lambda x: 2 * x, x)
+        h = lax.switch(
+            jnp.int32(x[1] > 0) + jnp.int32(x[2] > 0),
+            [lambda h: h @ p["v"], lambda h: jnp.sin(h), lambda h: h @ p["w"].T],
+            h,
+        )
+        return jnp.sum(jnp.tanh(h) ** 2)
+
+    return loss, params, (normal(3, 32, width),)
+
+
+def tables(width, rows=200):
+    params = {"t": normal(1, rows, width), "u": normal(2, width, rows), "s": normal(4, 3, width)}
+    params["w"] = normal(3, width, width)
+
+    def loss(p, i):
+        h = p["t"][i[0]] * p["u"][:, i[1]] + jnp.take(p["t"], i[2], axis=0) * p["s"][0]
+        h = h + lax.dynamic_index_in_dim(p["t"], i[3], keepdims=False)
+        return jnp.sum(jnp.tanh(h @ p["w"]) ** 2)
+
+    return loss, params, (indices(5, rows, 32, 4) - 3,)
+
+
+STRUCTURED = {
+    f.__name__: f
+    for f in (
+        affine,
+        straight_through,
+        low_rank,
+        adapter,
+        symmetric,
+        projected_heads,
+        tied,
+        branches,
+        tables,
+    )
+}
+
+
+def compare(loss, params, args, tolerance=1e-12):
+    in_axes = (None,) + (0,) * len(args)
+    n = len(args[0])
+    weights = normal(77, n)
+
+    def both(params, args):
+        losses, gramian, pullback = value_and_gramian(loss, in_axes=in_axes)(params, *args)
+        expected, rows = jax.vmap(jax.value_and_grad(loss), in_axes)(params, *args)
+        rows = jnp.concatenate([r.reshape(n, -1) for r in jax.tree.leaves(rows)], 1)
+        grads = jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(pullback(weights))])
+        return losses, expected, gramian, rows, grads
+
+    losses, expected, gramian, rows, grads = jax.jit(both)(params, args)
+    np.testing.assert_allclose(losses, expected, rtol=10 * tolerance)
+    scale = np.max(np.abs(rows @ rows.T))
+    assert np.max(np.abs(gramian - rows @ rows.T)) <= tolerance * scale
+    assert np.max(np.abs(grads - weights @ rows)) <= 4 * tolerance * np.sqrt(scale)
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_equals_the_jacobian(name, x64):
+    loss, params, args = STRUCTURED[name](40)
+    compare(loss, params, tuple(x[:4] for x in args))
+
+
+def operations(loss, params, args):
+    """Returns the operations of SGD, of the step, and of the step that has the Jacobian."""
+    in_axes = (None,) + (0,) * len(args)
+
+    def sgd(params, *args):
+        return jax.value_and_grad(lambda p: jnp.mean(jax.vmap(loss, in_axes)(p, *args)))(params)
+
+    def step(params, *args):
+        losses, gramian, pullback = value_and_gramian(loss, in_axes=in_axes)(params, *args)
+        return losses, gramian, pullback(jnp.diagonal(gramian))
+
+    def by_rows(params, *args):
+        losses, rows = jax.vmap(jax.value_and_grad(loss), in_axes)(params, *args)
+        rows = [x.reshape(len(losses), -1) for x in jax.tree.leaves(rows)]
+        gramian = sum(x @ x.T for x in rows)
+        return losses, gramian, [jnp.diagonal(gramian) @ x for x in rows]
+
+    return [count(fun, params, *args) for fun in (sgd, step, by_rows)]
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_costs_little_more_than_a_gradient(name):
+    loss, params, args = STRUCTURED[name](512)
+    sgd, step, by_rows = operations(loss, params, args)
+    # Products of inputs and cotangents of 32 examples with those of all: 32 / 512 of a product.
+    assert step <= {"tables": 1.35, "tied": 1.2, "symmetric": 1.2}.get(name, 1.15) * sgd
+    assert by_rows > 5 * sgd or name == "adapter"
+
+
+def test_a_branch_that_is_not_taken_has_no_say(x64):
+    """Its derivative is not finite: the branches stay apart, as vmap(grad) has them."""
+    params = {"w": normal(1, 4)}
+
+    def loss(p, x):
+        return jnp.sum(
+            lax.cond(x[0] > 0, lambda x: jnp.log(x[0]) * p["w"], lambda x: x * p["w"], x)
+        )
+
+    x = jnp.array([[0.0, 1, 2, 3], [1.0, 2, 3, 4], [-1.0, 0, 1, 2]])
+    compare(loss, params, (x,))
+
+
+@pytest.mark.parametrize(
+    "weights_of",
+    [
+        lambda p: p["w"] * jnp.tri(6),  # a mask is no outer product
+        lambda p: p["w"] * p["w"],
+        lambda p: p["w"] @ p["w"],
+        lambda p: jnp.exp(p["w"]) + p["w"],
+        lambda p: p["w"] / jnp.linalg.norm(p["w"], axis=0),
+        lambda p: p["w"] + jnp.concatenate([p["w"][:3], p["w"][3:] * 2]),
+        lambda p: p["w"] - p["w"][0],
+        lambda p: jnp.where(jnp.tri(6) > 0, p["w"], 0.0),
+        lambda p: 1.0 / (3.0 + p["w"]),
+        lambda p: jnp.cumsum(p["w"], 0) + jnp.flip(p["w"]),
+        lambda p: p["w"].reshape(4, 9).T.reshape(6, 6) + 1.0,
+    ],
+)
+def test_other_functions_are_as_right_as_before(weights_of, x64):
+    params, x = {"w": normal(1, 6, 6)}, normal(2, 3, 2, 6)
+    compare(lambda p, x: jnp.sum(jnp.tanh(x @ weights_of(p))), params, (x,))
+
+
+# --- rules without a Gramian, and tracing ------------------------------------------------------
+
+
+def classifier(width=512):
+    shapes = [(784, width), (width, width), (width, width), (width, 10)]
+    params = [(normal(i, *s), normal(9, s[1])) for i, s in enumerate(shapes)]
+
+    def loss(p, x, y):
+        for w, b in p[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        return -jax.nn.log_softmax(x @ p[-1][0] + p[-1][1])[y]
+
+    return loss, params, (normal(5, 32, 784), indices(6, 10, 32))
+
+
+def flops(fun, *args):
+    return jax.jit(fun).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("route", ["examples", "tasks", "encoder"])
+def test_rules_without_a_gramian_cost_what_scalarization_costs(route):
+    loss, params, args = classifier()
+
+    def losses(p, *args):
+        return jax.vmap(loss, (None, 0, 0))(p, *args)
+
+    def encode(p, x, y):
+        return jax.nn.relu(x @ p[0][0] + p[0][1])
+
+    def of_features(p, z, x, y):
+        for w, b in p[1:3]:
+            z = jax.nn.relu(z @ w + b)
+        scores = jax.nn.log_softmax(z @ p[3][0] + p[3][1])
+        return -jnp.take_along_axis(scores, y[:, None], 1)[:, 0]
+
+    fun, options = losses, {}
+    if route == "examples":
+        fun, options = loss, {"in_axes": (None, 0, 0)}
+    if route == "encoder":
+        fun, options = of_features, {"encoder": encode}
+    mean = linear_scalarization()
+    plain = flops(jax.value_and_grad(lambda p: jnp.mean(losses(p, *args))), params)
+    step = value_and_grad(fun, mean, **options)
+    assert flops(lambda p: step(p, mean.init(p), *args), params) <= 1.02 * plain
+
+
+def test_tracing_takes_time_linear_in_depth():
+    def calls(depth):
+        params = [normal(i, 8, 8) for i in range(depth)]
+
+        def loss(p, x):
+            for w in p:
+                x = x + jax.nn.gelu(x * lax.rsqrt(jnp.mean(x**2) + 1) @ w)
+            return jnp.sum(x)
+
+        def everything(params, x):
+            _, gramian, pullback = value_and_gramian(loss, in_axes=(None, 0))(params, x)
+            return pullback(jnp.diagonal(gramian))
+
+        profile = cProfile.Profile()
+        profile.runcall(jax.jit(everything).lower, params, normal(99, 4, 8))
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(2)  # what is only done once
+    assert calls(32) <= 2.2 * calls(16)
