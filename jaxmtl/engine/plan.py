@@ -124,7 +124,7 @@ def _group(program: Program, views: Views) -> list[Group]:
 
 
 def _choose(
-    group: Group, views: Views, size: tuple[int, bool], leaf_size: int, mixed: bool
+    group: Group, views: Views, wanted: tuple[int, bool], leaf_size: int, mixed: bool
 ) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
@@ -173,7 +173,7 @@ def _choose(
         return
     most = max(part.num_positions() for part in parts)
     group.keep |= most >= _MANY_POSITIONS and leaf_size <= _KEEP_ROWS_OF_MANY * sources
-    by_factors, by_rows = _costs(group, parts, known, size, leaf_size)
+    by_factors, by_rows = _costs(group, parts, known, wanted, leaf_size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
@@ -204,7 +204,7 @@ def _costs(
     for i, j in pairings:
         entries, operations = _of_pair(parts[i], parts[j], n)
         if diagonal:  # of the n * n pairs of examples, n
-            entries, operations = entries / n, operations / n
+            entries, operations = entries // n, operations // n
         by_factors += operations + _MEMORY_COST * (2 * entries if entries > products else 0)
     by_rows = 2.0 * products * leaf_size + _MEMORY_COST * 2 * n * leaf_size
     for use in group.uses:
