@@ -335,8 +335,8 @@ def scale(tasks: Sequence[int], rounds: int, seed: int, out: Path) -> None:
             )
             extra = {"jax": jax.__version__, "machine": platform.machine()}
             lines.append(json.dumps(row | extra))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
