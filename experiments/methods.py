@@ -1,73 +1,74 @@
-"""The methods under study: the one place where experiments name them."""
+"""The one table of methods; studies select from it and override.
+
+Every method of the library is in it under its own name, with what the studies agree on where the
+library leaves a number open.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 import jaxmtl
 
 
-def inverse_sqrt(step: jax.Array) -> jax.Array:
-    """Return eta_k / eta_1 = 1 / sqrt(1 + (k - 1) / 100), the shape of all learning rates.
+class Method(NamedTuple):
+    """A method as a study takes it."""
 
-    It is O(1 / sqrt k), as corollary 1 of Zhou 2022 asks. The literal 1 / sqrt k falls tenfold in
-    the first 100 steps: a rate that is stable at the start is then far too small for the rest.
-    """
-    return 1 / jnp.sqrt(1 + step / 100)
+    make: Callable[..., Any]  # (number of tasks, **hyperparameters that the study sets)
+    inputs: tuple[str, ...] = ()  # of its update, beyond the gradients, ``losses`` and ``key``
+    min_tasks: int = 1
+    asks: tuple[str, ...] = ()  # hyperparameters that only the driver of a study knows
+
+    def build(self, num_tasks: int, **known: Any) -> Any:
+        """Returns what ``make`` makes with those of the known hyperparameters that it asks for."""
+        return self.make(num_tasks, **{name: known[name] for name in self.asks})
+
+    def using(self, **hyperparameters: Any) -> "Method":
+        """Returns the method with other hyperparameters."""
+        return self._replace(make=partial(self.make, **hyperparameters))
+
+    def then(self, change: Callable[[Any, int], Any]) -> "Method":
+        """Returns the method with a change of what is made: ``(made, number of tasks)``."""
+        return self._replace(make=lambda m, **more: change(self.make(m, **more), m))
 
 
-def _cr(aggregator: jaxmtl.Aggregator, num_tasks: int) -> jaxmtl.Aggregator:
-    # The corollary needs the learning rate only up to a factor.
-    return jaxmtl.cr_mogm(
-        aggregator, alpha="corollary1", learning_rate=inverse_sqrt, num_tasks=num_tasks
+def needs(method: Method) -> str:
+    """Returns what a method has to see of the gradients: coordinates, Gramian, or none."""
+    weighting = getattr(method.make(max(method.min_tasks, 2)), "weighting", None)  # a chain: none
+    if weighting is None:
+        return "coordinates"
+    return "Gramian" if "gramian" in weighting.rule.needs else "none"
+
+
+def corollary_1(shape: optax.Schedule) -> Callable[[Any, int], Any]:
+    """Returns the CR- form of Zhou 2022, whose alpha needs the learning rate up to a factor."""
+    return lambda aggregator, m: jaxmtl.cr_mogm(
+        aggregator, alpha="corollary1", learning_rate=shape, num_tasks=m
     )
 
 
-def _mean(
-    aggregator: optax.GradientTransformationExtraArgs, num_tasks: int
-) -> optax.GradientTransformationExtraArgs:
-    # Some papers define a sum over tasks: divided by m, one learning rate suits all methods.
+def mean(aggregator: Any, num_tasks: int) -> optax.GradientTransformationExtraArgs:
+    """Divides a sum over tasks by m: one learning rate then suits sums and means."""
     return optax.chain(aggregator, optax.scale(1 / num_tasks))
 
 
-def pcgrad_mean() -> jaxmtl.Aggregator:
-    """Return PCGrad as Zhou 2022 writes it, the mean of the projected gradients.
+_MIN_TASKS = {"krum": 5, "trimmed_mean": 3}
+_HYPERPARAMETERS: dict[str, dict[str, Any]] = {
+    "cagrad": {"c": 0.4},
+    "fairgrad": {"alpha": 2.0},
+    "hypervolume_scalarization": {"reference": 2.0},  # above cross-entropies of two classes
+}
 
-    It is a rule of its own and not `pcgrad` scaled afterwards: corollary 1 measures how far the
-    weights move, and starts them at 1/m.
-    """
-    inner = jaxmtl.pcgrad().weighting
-
-    def weigh(
-        gramian: jax.Array, state: Any, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        weights, state = inner.update(gramian, state, key=key)
-        return weights / len(weights), state
-
-    return jaxmtl.from_weighting(weigh, init=inner.init)
-
-
-# A factory takes the number of tasks m. `krum` and `trimmed_mean` need three tasks or more.
-METHODS: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = {
-    "linear_scalarization": lambda m: jaxmtl.linear_scalarization(num_tasks=m),
-    "rgw": lambda m: jaxmtl.rgw(),
-    "mgda": lambda m: jaxmtl.mgda(),
-    "cr_mgda": lambda m: _cr(jaxmtl.mgda(), m),
-    "pcgrad": lambda m: pcgrad_mean(),
-    "cr_pcgrad": lambda m: _cr(pcgrad_mean(), m),
-    "gradvac": lambda m: _mean(jaxmtl.gradvac(num_tasks=m), m),
-    "graddrop": lambda m: _mean(jaxmtl.graddrop(), m),
-    "cagrad": lambda m: jaxmtl.cagrad(0.4),
-    "cr_cagrad": lambda m: _cr(jaxmtl.cagrad(0.4), m),
-    "imtl_g": lambda m: jaxmtl.imtl_g(),
-    # Their authors' codes bound the norm of the update by 1 too: it does not vanish with J.
-    "nash_mtl": lambda m: jaxmtl.nash_mtl(max_norm=1.0),
-    "fairgrad": lambda m: jaxmtl.fairgrad(2.0, max_norm=1.0),
-    "aligned_mtl": lambda m: jaxmtl.aligned_mtl(),
-    "config": lambda m: _mean(jaxmtl.config(), m),
-    "dual_proj": lambda m: jaxmtl.dual_proj(),
-    "upgrad": lambda m: jaxmtl.upgrad(),
+METHODS: dict[str, Method] = {
+    name: Method(
+        lambda m, name=name, **more: jaxmtl.make(
+            name, num_tasks=m, **(_HYPERPARAMETERS.get(name, {}) | more)
+        ),
+        tuple(n for n in description.needs if n not in ("gramian", "jacobian", "losses")),
+        _MIN_TASKS.get(name, 1),
+    )
+    for name, description in jaxmtl.methods().items()
+    if description.needs != ("rule",)
 }

@@ -1,7 +1,7 @@
 """How all routes from losses to gradients read their arguments: as `jax.vmap` does."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmtl.checks import check_int
+from jaxmtl.names import Aux, stack_losses
 from jaxmtl.types import PyTree
 
 
-def check_callable(fun: Callable[..., Any], what: str) -> None:
+def check_callable(fun: Any, what: str) -> None:
     """Raises a ValueError unless a function was passed."""
     if not callable(fun):
         raise ValueError(f"expected {what}, got {type(fun).__name__}; pass the function itself")
@@ -83,13 +84,12 @@ def shared_leaves(shared: Any, params: PyTree) -> tuple[bool, ...]:
     return tuple(flags)
 
 
-def call_losses(
-    losses_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs: Any
-) -> tuple[jax.Array, Any]:
-    """Calls a losses function; returns ``(losses, aux)``, aux None if there is none.
+def call_losses(losses_fn: Any, has_aux: bool, *args: Any, **kwargs: Any) -> tuple[jax.Array, Aux]:
+    """Calls a losses function; returns the losses as one array, and aux with their names.
 
     Raises:
-      ValueError: It does not return one floating point array, or no pair with ``has_aux``.
+      ValueError: It returns neither one floating point array nor a dict of scalars, or no pair
+        with ``has_aux``.
     """
     losses, aux = losses_fn(*args, **kwargs), None
     if has_aux:
@@ -99,17 +99,19 @@ def call_losses(
                 "pair, or drop has_aux"
             )
         losses, aux = losses
+    if isinstance(losses, Mapping):
+        losses, names = stack_losses(losses)
+        return losses, Aux(aux, names)
     if not jax.tree_util.all_leaves([losses]):
         raise ValueError(
-            f"expected losses_fn to return the losses as one array, got "
-            f"{jax.tree.structure(losses)}; stack named losses in an order that you fix, "
-            "jnp.stack([losses[name] for name in names]), and with auxiliary outputs pass "
-            "has_aux=True"
+            f"expected losses_fn to return the losses as one array or as a dict of scalars, got "
+            f"{jax.tree.structure(losses)}; stack them with jnp.stack, name them in a dict, and "
+            "with auxiliary outputs pass has_aux=True"
         )
     losses = jnp.asarray(losses)
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise ValueError(f"expected floating point losses, got {losses.dtype}; return real numbers")
-    return losses, aux
+    return losses, Aux(aux)
 
 
 def check_task_losses(shape: tuple[int, ...]) -> None:

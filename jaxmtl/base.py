@@ -110,7 +110,9 @@ def _read_signature(function: Callable[..., Any]) -> tuple[frozenset[str], froze
     return needs, frozenset(accepts), open_ended
 
 
-def _caller(function: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset, frozenset]:
+def _caller(
+    function: Callable[..., Any],
+) -> tuple[Callable[..., Any], frozenset[str], frozenset[str], bool]:
     needs, accepts, open_ended = _read_signature(function)
     named = (needs | accepts) & set(inspect.signature(function).parameters)
 
@@ -123,7 +125,7 @@ def _caller(function: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
             given["state"] = state
         return function(**given)
 
-    return call, needs, accepts
+    return call, needs, accepts, open_ended
 
 
 def from_weighting(
@@ -189,7 +191,7 @@ def from_weighting(
         if weigh.rule is not None:
             return from_rule(weigh.rule._replace(num_tasks=num_tasks or weigh.rule.num_tasks))
         init, weigh = weigh.init, _by_position(weigh.update)
-    call, needs, accepts = _caller(weigh)
+    call, needs, accepts, open_ended = _caller(weigh)
     name = _name_of(weigh)
     if "jacobian" in needs:
         raise checks.missing_input("jacobian", name)
@@ -206,7 +208,8 @@ def from_weighting(
 
     rule = Rule(init or tuple, apply, needs, accepts, num_tasks, residual=residual, name=name)
     vector = checks.check_vector("preference", preference, num_tasks)
-    return from_rule(rule._replace(preference=vector, head_weights=head_weights))
+    rule = rule._replace(preference=vector, open_ended=open_ended)
+    return from_rule(rule._replace(head_weights=head_weights))
 
 
 def _by_position(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -283,6 +286,11 @@ def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, old)
 
 
+def finished(rule: Rule, weights: jax.Array, inputs: Mapping[str, Any]) -> jax.Array:
+    """Returns the weights after what the rule does with them at every step."""
+    return weights if rule.finish is None else rule.finish(weights, inputs)
+
+
 # --- wrapping a rule --------------------------------------------------------------------------
 
 
@@ -294,7 +302,7 @@ def from_rule(rule: Rule) -> Aggregator:
     def init() -> PyTree:
         if not rule.keeps_state:
             return optax.EmptyState()
-        skipped, inner = jnp.zeros((), jnp.int32), rule.init()
+        skipped, inner = jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init())
         if num_tasks is None:
             return AggregatorState(skipped, inner)
         weights = jnp.zeros((num_tasks,), jnp.result_type(float))
@@ -344,8 +352,9 @@ def from_rule(rule: Rule) -> Aggregator:
         ok = _guarded(rule, inputs)
         if "gramian" in rule.needs:  # keeps the loops of solvers short
             inputs["gramian"] = jnp.where(ok, inputs["gramian"], jnp.eye(m, dtype=kind))
-        weights, inner, residual = rule.weigh(inputs | {"log2_scale": log2_scale}, own(state))
-        weights = jnp.where(mask, weights, 0).astype(kind)
+        inputs |= {"log2_scale": log2_scale}
+        weights, inner, residual = rule.weigh(inputs, own(state))
+        weights = finished(rule, jnp.where(mask, weights, 0).astype(kind), inputs)
         ok &= linalg.all_finite((weights, inner))
         new = record(state, weights, inner, residual)
         return jnp.where(ok, weights, 0), skip_unless(ok, new, state)
@@ -436,7 +445,7 @@ def from_rows(
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
     [3. 5.]
     """
-    call, needs, accepts = _caller(aggregate)
+    call, needs, accepts, _ = _caller(aggregate)
     checks.check_num_tasks(num_tasks)
     vector = checks.check_vector("preference", preference, num_tasks)
     stateful = init is not None
@@ -450,7 +459,7 @@ def from_rows(
     rule = rule._replace(name=_name_of(aggregate))
 
     def init_fn(params: PyTree) -> AggregatorState:
-        return AggregatorState(jnp.zeros((), jnp.int32), rule.init(params))
+        return AggregatorState(jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init(params)))
 
     def update(
         jacobian: Jacobian,
@@ -496,25 +505,3 @@ def inner_rule(aggregator: Any, combinator: str) -> Rule:
             f"{combinator}, or wrap the rule before chaining"
         )
     return weighting.rule
-
-
-def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """Adds updates to parameters, as `optax.apply_updates`, after checking shapes.
-
-    Args:
-      params: Pytree of arrays.
-      updates: Pytree of the same structure and shapes.
-
-    Returns:
-      Pytree like ``params``, in its dtypes.
-
-    Raises:
-      ValueError: A shape differs, as when no aggregator is in the chain: plain optax
-        would broadcast the parameters to ``(m, *shape)``.
-
-    >>> import jax.numpy as jnp, jaxmtl
-    >>> print(jaxmtl.apply_updates(jnp.ones(2), jnp.array([0.5, -1.0])))
-    [1.5 0. ]
-    """
-    checks.check_updates(params, updates)
-    return optax.apply_updates(params, updates)

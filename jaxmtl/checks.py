@@ -6,9 +6,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxmtl import linalg
-from jaxmtl.types import INPUTS, Jacobian, PyTree
+from jaxmtl.types import (
+    INPUTS,
+    STATES,
+    AggregatorState,
+    Jacobian,
+    PyTree,
+    Rule,
+    SolverState,
+    WeightsState,
+)
 
 # --- at construction --------------------------------------------------------------------------
 
@@ -121,6 +131,34 @@ def check_function(value: Any, what: str) -> None:
         raise ValueError(f"expected {what}, got {type(value).__name__}; pass the function itself")
 
 
+def check_weighting(aggregator: Any) -> Any:
+    """Returns the weighting of an aggregator.
+
+    Raises:
+      ValueError: It has none, or is no aggregator.
+    """
+    weighting = getattr(aggregator, "weighting", None)
+    if weighting is not None:
+        return weighting
+    if callable(aggregator) and not hasattr(aggregator, "update"):
+        name = getattr(aggregator, "__name__", type(aggregator).__name__)
+        raise ValueError(
+            f"expected an aggregator, got the function {name}; call it, as in {name}(), with its "
+            "options if it has any"
+        )
+    if not hasattr(aggregator, "update"):
+        raise ValueError(
+            f"expected an aggregator, got {type(aggregator).__name__}; pass for instance "
+            "jaxmtl.upgrad()"
+        )
+    raise ValueError(
+        "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
+        "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
+        "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
+        "losses=losses)"
+    )
+
+
 # --- while tracing ----------------------------------------------------------------------------
 
 
@@ -211,6 +249,54 @@ def check_mask(task_mask: Any, m: int) -> jax.Array:
     return mask
 
 
+def check_shapes_stay(before: PyTree, after: PyTree) -> None:
+    """Raises a ValueError if an optimizer's state changed its structure or shapes in a step."""
+    fix = (
+        "put the aggregator first in the chain: a transformation before it, such as Adam, sees m "
+        "rows in place of one gradient (track_gradients and clip_rows are made for that place)"
+    )
+    same: Any = jax.tree.structure(before)
+    got: Any = jax.tree.structure(after)
+    if got != same:
+        raise ValueError(
+            f"expected the optimizer's state to keep its structure, {same}, got {got}; {fix}"
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    for (path, old), new in pairs:
+        if jnp.shape(old) != jnp.shape(new):
+            raise ValueError(
+                f"expected the optimizer's state to keep its shapes, {jnp.shape(old)} at "
+                f"{jax.tree_util.keystr(path)}, got {jnp.shape(new)} after a step; {fix}"
+            )
+
+
+def check_state(rule: Rule | None, state: Any) -> None:
+    """Raises a ValueError unless ``state`` is one of an aggregator with this rule."""
+    if rule is None:  # a weighting from elsewhere, with a state of its own
+        return
+    expected: Any = AggregatorState
+    if not rule.keeps_state:
+        expected = optax.EmptyState
+    elif rule.num_tasks is not None:
+        expected = SolverState if rule.residual else WeightsState
+    if isinstance(state, expected):
+        return
+    got, fix = type(state).__name__, "pass aggregator.init(params)"
+    if state is None:
+        got, fix = "none", "call it as f(params, aggregator.init(params), *args)"
+    elif isinstance(state, STATES):
+        fix = "construct both with the same options, num_tasks among them"
+    elif isinstance(state, tuple) and any(isinstance(x, expected) for x in state):
+        got = "that of a chain"
+        fix = "keep the aggregator's own state, aggregator.init(params), beside the optimizer's"
+    elif not isinstance(state, tuple):
+        fix = "the state comes second, before the arguments of the losses function"
+    raise ValueError(
+        f"expected the state of {rule.name}, {expected.__name__}, as the second argument, got "
+        f"{got}; {fix}"
+    )
+
+
 def check_updates(params: PyTree, updates: PyTree) -> None:
     """Raises a ValueError unless updates have the structure and the shapes of params."""
     got: Any = jax.tree.structure(updates, is_leaf=lambda x: x is None)
@@ -228,28 +314,52 @@ def check_updates(params: PyTree, updates: PyTree) -> None:
                 f"expected an update of shape {jnp.shape(param)} at {name}, got "
                 f"{jnp.shape(update)}; put an aggregator, such as jaxmtl.upgrad(), first in the "
                 "chain, so that the task axis is gone, and give every leaf one: optax.masked "
-                "passes the rows of the leaves that it leaves out on, optax.partition does not"
+                "passes the rows of the leaves that it leaves out on, optax.partition does not; a "
+                "group of partition that does not train takes jaxmtl.frozen(), not set_to_zero"
             )
 
 
-def stack_named(given: dict[str, Any]) -> dict[str, Any]:
+def stack_named(given: dict[str, Any], names: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Returns the inputs with dicts over task names as vectors, in the sorted order of the names.
 
+    Args:
+      given: Inputs by name.
+      names: Those of the losses, or None.
+
     Raises:
-      ValueError: A name is not a string, or two dicts do not have the same names.
+      ValueError: A name is not a string, two dicts do not have the same names, or an entry is not
+        one number.
     """
     of_tasks = ("task_mask", *(name for name, known in INPUTS.items() if known.task_axes == 1))
     named = {n: v for n, v in given.items() if n in of_tasks and isinstance(v, Mapping)}
     found = {name: task_names(name, value) for name, value in named.items()}
-    for name, names in found.items():
-        first = next(iter(found))
-        if names != found[first]:
+    reference = "the losses" if names is not None else next(iter(found), "")
+    stacked = {}
+    for name, of_name in found.items():
+        expected = found[reference] if names is None else names
+        if of_name != expected:
             raise ValueError(
-                f"expected {name} to have the task names of {first}, {list(found[first])}, got "
-                f"{list(names)}; give every dict the same names"
+                f"expected {name} to have the task names of {reference}, {list(expected)}, got "
+                f"{list(of_name)}; give every dict the same names"
             )
-    stacked = {n: jnp.stack([jnp.asarray(v[k]) for k in found[n]]) for n, v in named.items()}
+        stacked[name] = _stack(name, named[name], of_name)
     return given | stacked
+
+
+def _stack(name: str, named: Mapping[str, Any], names: tuple[str, ...]) -> jax.Array:
+    try:
+        values = [jnp.asarray(named[task]) for task in names]
+    except (TypeError, ValueError):
+        values = []
+    shapes = {value.shape for value in values}
+    # An entry over examples, each of which has a loss of every name, is as good as a number.
+    if len(shapes) != 1 or len(next(iter(shapes))) > 1:
+        got = [getattr(named[task], "shape", type(named[task]).__name__) for task in names]
+        raise ValueError(
+            f"expected one number per task name in {name}, got {dict(zip(names, got, strict=True))}"
+            "; average over the batch"
+        )
+    return jnp.stack(values, axis=-1).reshape(-1)
 
 
 def task_names(what: str, named: Mapping[Any, Any]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base, checks, linalg
+from jaxmtl import base, checks, linalg, tasks
 from jaxmtl.registry import method
 from jaxmtl.rules.mgda import mgda
 from jaxmtl.types import ASKS, Aggregator, Rule
@@ -33,12 +33,42 @@ class CRMOGMState(NamedTuple):
     Attributes:
       mtl_step: int32 scalar, the number of steps so far, k - 1.
       average: (m,) averaged weights, w_{k-1}.
+      highest_rate: Scalar, the largest learning rate so far (0 unless alpha follows it).
       inner: The wrapped rule's own state.
     """
 
     mtl_step: jax.Array
     average: jax.Array
+    highest_rate: jax.Array
     inner: Any
+
+
+def _share_of(average: jax.Array, task_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns averaged weights on the present tasks, scaled to the total of all, and their share.
+
+    Without a positive total there is nothing to share: the weights are then taken as they are.
+    """
+    kept = jnp.where(task_mask, average, 0)
+    total, part = jnp.sum(average), jnp.sum(kept)
+    shared = (total > 0) & (part > 0)
+    scale = jnp.where(shared, total / jnp.where(shared, part, 1), 1)
+    # Without absent tasks no bit may change.
+    scale = jnp.where(jnp.all(task_mask), 1, scale)
+    # All of the total lies with absent tasks: the present ones start alike.
+    equal = jnp.maximum(total, 0) * tasks.equal_shares(task_mask, average.dtype)
+    return jnp.where((part == 0) & (total > 0), equal, kept * scale), 1 / scale
+
+
+def _give_back(
+    average: jax.Array, share: jax.Array, old: jax.Array, task_mask: jax.Array
+) -> jax.Array:
+    """Returns the averaged weights of all tasks: those of absent ones keep their share."""
+    total, before = jnp.sum(jnp.where(task_mask, average, 0)), jnp.sum(old)
+    rounding = 8 * jnp.finfo(average.dtype).eps
+    shared = (share != 1) & (before > 0) & (total > 0)
+    before = jnp.where(jnp.abs(total - before) <= rounding * total, total, before)
+    rest = old * jnp.where(shared, total / jnp.where(shared, before, 1), 1)
+    return jnp.where(task_mask, average * jnp.where(shared, share, 1), rest)
 
 
 @method(
@@ -60,11 +90,15 @@ def cr_mogm(
     ``w_k = alpha_k w_{k-1} + (1 - alpha_k) v_k`` with v_k the weights of the wrapped rule, so
     that the weights are less correlated with the noise of the step's gradients.
 
+    Use it with small batches, where the weights of `mgda`, `pcgrad` or `cagrad` follow the noise.
+
     Args:
       aggregator: Any aggregator with a ``weighting``.
       alpha: The rate: a number in [0, 1], an optax schedule (a function of the step, from 0), or
         ``"corollary1"``: ``alpha_k = max(1 - eta_k/eta_1, 1 - eta_k/(eta_1 k sum_i |w_{k-1,i} -
-        v_{k,i}|))``, and ``1 - eta_k/eta_1`` where the sum is 0.
+        v_{k,i}|))``, and ``1 - eta_k/eta_1`` where the sum is 0. For eta_1 stands the largest rate
+        so far, as it is in the corollary, whose rates fall: so alpha is in [0, 1] for every
+        schedule, warm-up from 0 included (while all rates are 0, their ratio counts as 1).
       learning_rate: eta, a number or an optax schedule, for ``"corollary1"``: the one that the
         optimizer uses.
       initial_weights: w_0: (m,) numbers, None for 1/m each, or ``"first"`` for v_1.
@@ -72,8 +106,9 @@ def cr_mogm(
         vector; the state logs ``mtl_weights``.
 
     Returns:
-      An `Aggregator` whose inner state is a `CRMOGMState`. The weights of absent tasks are kept
-      for their return.
+      An `Aggregator` whose inner state is a `CRMOGMState`. With absent tasks the weights are those
+      of a run on the present ones: their averaged weights are scaled to the total of all; absent
+      tasks keep their share of it for their return.
 
     Raises:
       ValueError: No number of tasks, ``alpha`` out of range, ``"corollary1"`` without
@@ -112,37 +147,43 @@ def cr_mogm(
     elif not callable(alpha):
         checks.check_range("alpha", alpha, 0, 1)
 
-    def rate(step: jax.Array, average: jax.Array, weights: jax.Array) -> jax.Array:
+    def rate(
+        step: jax.Array, highest: jax.Array, average: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns alpha_k and the largest learning rate so far."""
         if not isinstance(alpha, str):
-            return jnp.asarray(alpha(step) if callable(alpha) else alpha)
-        if callable(learning_rate):
-            ratio = learning_rate(step) / learning_rate(jnp.zeros_like(step))
-        else:
-            ratio = jnp.ones(())
+            return jnp.asarray(alpha(step) if callable(alpha) else alpha), highest
+        eta = jnp.asarray(learning_rate(step) if callable(learning_rate) else learning_rate)
+        highest = jnp.maximum(highest, eta.astype(highest.dtype))
+        ratio = jnp.where(highest > 0, eta / jnp.where(highest > 0, highest, 1), 1)
         moved = (step + 1) * jnp.sum(jnp.abs(average - weights))
         adaptive = 1 - ratio / jnp.where(moved > 0, moved, 1)
-        return jnp.where(moved > 0, jnp.maximum(1 - ratio, adaptive), 1 - ratio)
+        return jnp.where(moved > 0, jnp.maximum(1 - ratio, adaptive), 1 - ratio), highest
 
     def init() -> CRMOGMState:
         dtype = jnp.result_type(float)
         average = jnp.full((m,), 1 / m, dtype) if start is None else start.astype(dtype)
-        return CRMOGMState(jnp.zeros((), jnp.int32), average, inner.init())
+        return CRMOGMState(jnp.zeros((), jnp.int32), average, jnp.zeros((), dtype), inner.init())
 
     def weigh(
         inputs: Mapping[str, Any], state: CRMOGMState
     ) -> tuple[jax.Array, CRMOGMState, jax.Array | None]:
         weights, inner_state, residual = inner.weigh(inputs, state.inner)
-        task_mask, average = inputs["task_mask"], state.average
-        if first:
-            average = jnp.where(state.mtl_step == 0, weights, average)
-        present = jnp.where(task_mask, average, weights)
-        a = rate(state.mtl_step, present, weights).astype(weights.dtype)
-        mixed = a * average + (1 - a) * weights
-        average = jnp.where(task_mask, mixed, average)
-        return average, CRMOGMState(state.mtl_step + 1, average, inner_state), residual
+        weights = base.finished(inner, weights, inputs)
+        task_mask = inputs["task_mask"]
+        weights = jnp.where(task_mask, weights, 0)
+        old = jnp.where(state.mtl_step == 0, weights, state.average) if first else state.average
+        before, share = _share_of(old.astype(weights.dtype), task_mask)
+        a, highest = rate(state.mtl_step, state.highest_rate, before, weights)
+        a = a.astype(weights.dtype)
+        mixed = a * before + (1 - a) * weights
+        average = _give_back(mixed, share, old.astype(weights.dtype), task_mask)
+        return mixed, CRMOGMState(state.mtl_step + 1, average, highest, inner_state), residual
 
     return base.from_rule(
-        inner._replace(init=init, weigh=weigh, num_tasks=m, keeps_state=True, **_through(inner))
+        inner._replace(
+            init=init, weigh=weigh, finish=None, num_tasks=m, keeps_state=True, **_through(inner)
+        )
     )
 
 
@@ -150,7 +191,8 @@ class EveryKState(NamedTuple):
     """State of `every_k`.
 
     Attributes:
-      mtl_step: int32 scalar, the number of steps so far.
+      mtl_step: int32 scalar, the number of steps so far, but for those at which new weights were
+        due and no task was present.
       weights: (m,) weights in use.
       heads: (m,) weights of the parameters that ``shared=`` leaves out, renewed with ``weights``
         (0 where the wrapped rule has none of its own).
@@ -174,6 +216,8 @@ class EveryKState(NamedTuple):
 def every_k(aggregator: Aggregator, k: int, *, num_tasks: int | None = None) -> Aggregator:
     """Finds another rule's weights anew at every k-th step only and keeps them in between.
 
+    Use it where the weights are dear, many tasks or a slow solver, and change slowly.
+
     Args:
       aggregator: Any aggregator with a ``weighting``.
       k: Period, at least 1. The first step always finds weights.
@@ -181,8 +225,10 @@ def every_k(aggregator: Aggregator, k: int, *, num_tasks: int | None = None) -> 
 
     Returns:
       An `Aggregator` whose inner state is an `EveryKState`. The solver is skipped in between;
-      the Gramian, an input here, is not. A task absent when the weights were found keeps
-      weight 0 until they are found again.
+      the Gramian, an input here, is not. What a rule does with its weights at every step, such as
+      the ``max_norm`` of `nash_mtl`, is done in between too. A task absent when the weights were
+      found keeps weight 0 until they are found again; where no task is present, they wait for the
+      next step with one.
 
     Raises:
       ValueError: ``k`` is not a positive int, no number of tasks is given, or the aggregator
@@ -228,8 +274,10 @@ def every_k(aggregator: Aggregator, k: int, *, num_tasks: int | None = None) -> 
             fresh = EveryKState(state.mtl_step, weights, heads, residual, inner_state)
             return jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), fresh, state)
 
-        new = lax.cond(due(state), renew, lambda: state)
-        new = new._replace(mtl_step=state.mtl_step + 1)
+        anyone = jnp.any(inputs["task_mask"])
+        new = lax.cond(due(state) & anyone, renew, lambda: state)
+        waits = due(state) & ~anyone
+        new = new._replace(mtl_step=state.mtl_step + jnp.where(waits, 0, 1))
         return new.weights, new, new.residual if inner.residual else None
 
     def head_weights(state: EveryKState, task_mask: jax.Array | None) -> jax.Array:
@@ -257,6 +305,9 @@ def scale_rows(
     num_tasks: int | None = None,
 ) -> Aggregator:
     """Finds another rule's weights on gradients divided by their norm, loss, or both.
+
+    Use it to make a rule blind to the length of gradients or the size of losses: `mgda` with
+    ``by="norm"`` no longer favors short gradients.
 
     Args:
       aggregator: Any aggregator with a ``weighting``.
@@ -287,7 +338,10 @@ def scale_rows(
     checks.check_choice("apply_to", apply_to, ("raw", "scaled"))
     needs = inner.needs | ({"gramian"} if by == "norm" else {"gramian", "losses"})
 
-    def weigh(inputs: Mapping[str, Any], state: Any) -> tuple[jax.Array, Any, jax.Array | None]:
+    def scaled_inputs(
+        inputs: Mapping[str, Any],
+    ) -> tuple[Mapping[str, Any], jax.Array, jax.Array]:
+        """Returns the inputs for the divided rows, and 1 / divisors in units of 2**-own_scale."""
         gramian, log2_scale = inputs["gramian"], inputs["log2_scale"]
         divisor = jnp.ones(gramian.shape[:1], gramian.dtype)
         own_scale = jnp.zeros((), jnp.int32)  # divisors are in units of 2**own_scale
@@ -303,13 +357,30 @@ def scale_rows(
         own_scale = own_scale + least
         scaled, shift = linalg.normalize_gramian(gramian * inverse[:, None] * inverse[None, :])
         changed = {"gramian": scaled, "log2_scale": log2_scale - own_scale + shift}
-        weights, state, residual = inner.weigh({**inputs, **changed}, state)
+        return {**inputs, **changed}, inverse, own_scale
+
+    def weigh(inputs: Mapping[str, Any], state: Any) -> tuple[jax.Array, Any, jax.Array | None]:
+        inputs, inverse, own_scale = scaled_inputs(inputs)
+        weights, state, residual = inner.weigh(inputs, state)
         if apply_to == "scaled":
             weights = linalg.ldexp(weights * inverse, -own_scale)
         return weights, state, residual
 
+    def finish(weights: jax.Array, inputs: Mapping[str, Any]) -> jax.Array:
+        inputs, inverse, own_scale = scaled_inputs(inputs)
+        if apply_to == "raw":
+            return base.finished(inner, weights, inputs)
+        weights = base.finished(inner, linalg.ldexp(weights, own_scale) / inverse, inputs)
+        return linalg.ldexp(weights * inverse, -own_scale)
+
     m = inner.num_tasks if num_tasks is None else num_tasks
     keeps_state = inner.keeps_state or m is not None
     return base.from_rule(
-        inner._replace(weigh=weigh, needs=needs, num_tasks=m, keeps_state=keeps_state)
+        inner._replace(
+            weigh=weigh,
+            finish=inner.finish and finish,
+            needs=needs,
+            num_tasks=m,
+            keeps_state=keeps_state,
+        )
     )

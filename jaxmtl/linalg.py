@@ -245,6 +245,25 @@ def sum_of_rows(weights: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Ar
     )
 
 
+def combine_rows(rows: PyTree, coefficients: jax.Array) -> PyTree:
+    """Returns the rows ``C J`` (k, *s), in at least float32, of rows (m, *s) and C (k, m)."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        dtype = accumulation_dtype(x, coefficients)
+        sharding = explicit_sharding(jax.typeof(x))
+        return lax.dot_general(
+            coefficients.astype(dtype),
+            x.astype(dtype),
+            (((1,), (0,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+            out_sharding=sharding
+            and NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec[1:])),
+        )
+
+    return jax.tree.map(leaf, rows)
+
+
 def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns ``2**exponent`` exactly, clipped to the normal numbers of ``dtype``.
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmtl import linalg, solvers
+from jaxmtl import linalg, solvers, tasks
+from jaxmtl.rules.pcgrad import projected_rows
 from jaxmtl.solvers import row_normalized
 
 PyTree = Any
@@ -87,31 +88,160 @@ def gradient_magnitude_similarity(gramian: jax.Array) -> jax.Array:
     return jnp.where(total > 0, jnp.minimum(similarity, 1), 1)
 
 
-def condition_number(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
+def condition_number(
+    gramian: jax.Array, task_mask: jax.Array | None = None, *, nonzero: bool = False
+) -> jax.Array:
     """Computes the ratio of the largest to the smallest singular value of the Jacobian.
 
+    Small singular values are as accurate as large ones (see `jaxmtl.solvers.singular_system`):
+    gradients of very different norm give a large number, dependent ones infinity.
+
     Args:
-      gramian: (m, m); its eigenvalues are the squares, so that beyond one over the root of the
-        machine epsilon (about 3,000 in float32) the answer is infinity.
+      gramian: (m, m).
       task_mask: (m,) bool; absent tasks are left out.
+      nonzero: Whether to divide by the smallest singular value that is not zero: the condition of
+        the system that Aligned-MTL equalizes where gradients are dependent or zero.
 
     Returns:
-      Scalar, at least 1; infinity for dependent gradients.
+      Scalar, at least 1; infinity for dependent gradients unless ``nonzero``, and 1 with
+      ``nonzero`` where all gradients are zero.
 
-    **Reference**: Senushkin et al. 2023, section 4.1.
+    **Reference**: Senushkin et al. 2023, eq. 2 and the remark of section 5.1.
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl.metrics import condition_number
     >>> print(condition_number(jnp.diag(jnp.array([1.0, 9.0]))))
     3.0
+    >>> print(condition_number(jnp.ones((2, 2))), condition_number(jnp.ones((2, 2)), nonzero=True))
+    inf 1.0
+    """
+    present = _present(gramian, task_mask)
+    values = solvers.singular_system(gramian, present).values
+    rank = jnp.sum(values > 0)
+    last = values[jnp.maximum(rank - 1, 0)]
+    ratio = jnp.where(rank > 0, values[0] / jnp.where(rank > 0, last, 1), 1)
+    if nonzero:
+        return ratio
+    return jnp.where(rank == jnp.maximum(jnp.sum(present), 1), ratio, jnp.inf)
+
+
+def norm_ratio(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
+    """Computes the largest ratio of the norms of two gradients, ``max |g_i| / |g_j|``.
+
+    Args:
+      gramian: (m, m).
+      task_mask: (m,) bool; absent tasks are left out.
+
+    Returns:
+      Scalar, at least 1; infinity beside a zero gradient, 1 where all are zero.
+
+    **Reference**: Senushkin et al. 2023, figures 4 and 7.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.metrics import norm_ratio
+    >>> print(norm_ratio(jnp.diag(jnp.array([1.0, 9.0]))))
+    3.0
+    """
+    present = _present(gramian, task_mask)
+    squares = jnp.diagonal(linalg.normalize_gramian(_removed(gramian, present))[0])
+    norms = jnp.sqrt(jnp.maximum(squares, 0))
+    largest = jnp.max(norms)
+    least = jnp.min(jnp.where(present, norms, largest))
+    # 0 / 0 where all gradients are zero: they are equal.
+    return jnp.where(largest > 0, largest / jnp.where(largest > 0, least, 1), 1)
+
+
+def balanced_gramian(gramian: jax.Array, coefficients: jax.Array) -> jax.Array:
+    """Computes the Gramian of the rows that a method makes of the gradients.
+
+    Every metric of this module then tells what the method did: whether its rows still conflict,
+    how different their norms are, how well conditioned they are.
+
+    Args:
+      gramian: (m, m), G.
+      coefficients: (m,) weights w, for the rows ``w_i g_i``; or (k, m), C, for the rows of
+        ``C J``, as of `aligned_coefficients` and `pcgrad_coefficients`.
+
+    Returns:
+      (m, m) or (k, k), ``C G C^T``, symmetric to the last bit.
+
+    Raises:
+      ValueError: The coefficients do not fit the Gramian.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.metrics import balanced_gramian, norm_ratio
+    >>> gramian = jnp.diag(jnp.array([1.0, 9.0]))
+    >>> print(norm_ratio(balanced_gramian(gramian, jnp.array([0.75, 0.25]))))
+    1.0
+    """
+    m, shape = gramian.shape[0], jnp.shape(coefficients)
+    if len(shape) not in (1, 2) or shape[-1] != m:
+        raise ValueError(
+            f"expected coefficients of shape ({m},) or (k, {m}), one per gradient, got {shape}; "
+            "pass the weights of a method, or the rows of coefficients of its balanced gradients"
+        )
+    if len(shape) == 1:
+        return coefficients[:, None] * gramian * coefficients[None, :]
+    left = jnp.matmul(coefficients, gramian, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.matmul(left, coefficients.T, precision=jax.lax.Precision.HIGHEST)
+    return (product + product.T) / 2
+
+
+def aligned_coefficients(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:
+    """Computes B of Aligned-MTL's balanced rows ``B J``, the nearest orthogonal system to J.
+
+    ``B = sigma_R U Sigma^-1 U^T`` over the R non-zero singular values: all those of ``B J`` are
+    equal to the smallest of J. With p the preference, ``B p`` are the weights of
+    `jaxmtl.aligned_mtl`, so that its update is ``p^T (B J)``.
+
+    Args:
+      gramian: (m, m).
+      task_mask: (m,) bool; absent tasks are left out.
+
+    Returns:
+      (m, m), symmetric; rows and columns of absent and zero gradients are 0.
+
+    **Reference**: Senushkin et al. 2023, eq. 5 and algorithm 1 ("balance transformation").
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.metrics import aligned_coefficients
+    >>> print(aligned_coefficients(jnp.diag(jnp.array([1.0, 16.0]))))
+    [[1.   0.  ]
+     [0.   0.25]]
+    """
+    values, vectors, _ = solvers.singular_system(gramian, task_mask)
+    least = jnp.min(jnp.where(values > 0, values, jnp.inf))
+    stretch = jnp.where(values > 0, least / jnp.where(values > 0, values, 1), 0)
+    product = jnp.matmul(vectors * stretch, vectors.T, precision=jax.lax.Precision.HIGHEST)
+    return (product + product.T) / 2
+
+
+def pcgrad_coefficients(
+    gramian: jax.Array, key: jax.Array, task_mask: jax.Array | None = None
+) -> jax.Array:
+    """Computes the coefficients of the projected gradients of `jaxmtl.pcgrad`, for one draw.
+
+    Args:
+      gramian: (m, m).
+      key: Draws the orders in which each gradient meets the others.
+      task_mask: (m,) bool; absent tasks are left out.
+
+    Returns:
+      (m, m) C: row i of ``C J`` is ``g_i`` less its projections, and the sum of the rows of C are
+      the weights of `jaxmtl.pcgrad` for ``key``. Rows and columns of absent tasks are 0.
+
+    **Reference**: Yu et al. 2020, algorithm 1.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxmtl.metrics import balanced_gramian, pcgrad_coefficients
+    >>> coefficients = pcgrad_coefficients(jnp.array([[1.0, -1.0], [-1.0, 2.0]]), jax.random.key(0))
+    >>> print(coefficients)
+    [[1.  0.5]
+     [1.  1. ]]
     """
     present = _present(gramian, task_mask)
     scaled = linalg.normalize_gramian(_removed(gramian, present))[0]
-    # An absent task becomes an eigenvalue among the others: their mean changes no extreme.
-    mean = jnp.trace(scaled) / jnp.maximum(jnp.sum(present), 1)
-    values = jnp.linalg.eigvalsh(scaled + jnp.diag(jnp.where(present, 0, mean)))
-    least = values[0] > gramian.shape[0] * jnp.finfo(gramian.dtype).eps * values[-1]
-    return jnp.where(least, jnp.sqrt(values[-1] / jnp.where(least, values[0], 1)), jnp.inf)
+    return projected_rows(scaled, tasks.draw_orders(key, gramian.shape[0]), present)
 
 
 def pareto_stationarity(gramian: jax.Array, task_mask: jax.Array | None = None) -> jax.Array:

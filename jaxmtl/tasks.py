@@ -40,6 +40,13 @@ def shares(preference: jax.Array | None, task_mask: jax.Array, dtype: jnp.dtype)
     return jnp.where(jnp.all(task_mask), total, kept * scale)
 
 
+def reduced(weights: jax.Array, task_mask: jax.Array, reduction: str) -> jax.Array:
+    """Returns the weights of a sum over tasks, divided by their number if it is to be a mean."""
+    if reduction == "sum":
+        return weights
+    return weights / jnp.maximum(jnp.sum(task_mask), 1).astype(weights.dtype)
+
+
 def on_present(weights: jax.Array, task_mask: jax.Array) -> jax.Array:
     """Returns the weights of the present tasks scaled to sum 1 (uniform if all are 0)."""
     present = jnp.where(task_mask, weights, 0)
@@ -93,6 +100,14 @@ def positive_part(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     least = jnp.finfo(losses.dtype).tiny
     return jnp.maximum(losses, least), losses > least
+
+
+def own_buffers(state: PyTree) -> PyTree:
+    """Returns a fresh state with every array in a buffer of its own, so that it can be donated.
+
+    Arrays that a rule made once, such as a vector given at construction, are not given away.
+    """
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
 
 
 def init_random() -> RandomState:

@@ -61,10 +61,13 @@ class Rule(NamedTuple):
         by name. Of a coordinate rule: ``(update, state, None)``.
       needs: Names of the inputs that the rule cannot do without, found in its signature.
       accepts: Names of those that it takes where they are given.
+      open_ended: Whether it takes any other name too, by ``**inputs``.
       num_tasks: m if it was given at construction.
       preference: (m,) the preference given at construction, or None.
       residual: Whether a solver ran, so that there is a residual to log.
       keeps_state: False for fixed weights, whose state is the empty state of optax.
+      finish: ``finish(weights, inputs) -> weights``: what is done with the weights at every step,
+        those that `every_k` keeps included; None for nothing.
       name: What errors call it.
       head_weights: ``head_weights(state, task_mask) -> (m,)``: the weights, before the step, of
         the parameters that ``shared=`` leaves out; None for the default of `value_and_grad`.
@@ -80,10 +83,12 @@ class Rule(NamedTuple):
     preference: jax.Array | None = None
     residual: bool = False
     keeps_state: bool = True
+    finish: Callable[[jax.Array, Mapping[str, Any]], jax.Array] | None = None
     name: str = "this method"
     head_weights: Ask | None = None
     lower_objective: Ask | None = None
     feature_gradient: Ask | None = None
+    open_ended: bool = False
 
 
 # The fields of a rule that are functions of its own state.
@@ -146,6 +151,10 @@ class Aggregator(aggregating.Aggregator):
         old = {"init": self.init, "update": self.update}
         old |= {"weighting": self.weighting, "rule": self.rule}
         return type(self)(**(old | fields))
+
+
+# Where users find them, so that signatures say ``jaxmtl.Aggregator``.
+Aggregator.__module__ = Weighting.__module__ = "jaxmtl"
 
 
 class AggregatorState(NamedTuple):

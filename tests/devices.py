@@ -7,6 +7,7 @@ A job is ``KIND:LAYOUT:MODE:ROUTE``:
   the weighting, the pullback; ``grad``: `value_and_grad`.
 * ``map``: the same inside `jax.shard_map`, LAYOUT one of `MAPS`.
 * ``examples``: one objective per example.
+* ``separate``: one loss function and one batch per task.
 * ``gradient``: the plain gradient of the mean loss, for its collectives.
 * ``plan``, ``traces``, ``lookup``, ``readme``: see there.
 
@@ -382,6 +383,45 @@ def job_examples(name, mode, _):
     }
 
 
+def job_separate(name, mode, _):
+    """One loss function and one batch per task: the Jacobian, the Gramian and UPGrad's update."""
+    names = tuple(f"task{i}" for i in range(TASKS))
+
+    def evaluate(layout, mode, params, batches):
+        def loss_of(i):
+            def loss(params, batch):
+                x, y = batch
+                return jnp.mean((network(params, x, layout, mode)[:, i] - y[:, i]) ** 2)
+
+            return loss
+
+        functions, rule = {n: loss_of(i) for i, n in enumerate(names)}, jaxmtl.upgrad()
+        _, jacobian = jaxmtl.value_and_jacobian(functions)(params, batches)
+        gramian, chunked = (
+            jaxmtl.value_and_gramian(functions, chunk_size=size)(params, batches)[1]
+            for size in (None, 2)
+        )
+        value_and_grad = jaxmtl.value_and_grad(functions, rule)
+        _, update = value_and_grad(params, rule.init(params), batches)
+        return jacobian, gramian, chunked, update
+
+    params, ((first, second), *_) = problem()
+    batches = {n: (first if i % 2 else second) for i, n in enumerate(names)}
+    wanted = compiled(functools.partial(evaluate, ONE, "auto"), params, batches)(params, batches)
+    layout = LAYOUTS[name]
+    mesh = mesh_of(layout, mode)
+    with jax.set_mesh(mesh):
+        params, _ = place(mesh, layout, params, [])
+        split = NamedSharding(mesh, layout.batch)
+        batches = jax.tree.map(lambda x: jax.device_put(x, split), batches)
+        program = compiled(functools.partial(evaluate, layout, mode), params, batches)
+        found = jax.tree.map(np.asarray, program(params, batches))
+    zero = jax.tree.map(np.zeros_like, wanted)
+    parts = ("jacobian", "gramian", "chunked", "upgrad")
+    triples = zip(parts, found, wanted, zero, strict=True)
+    return {name: distance(a, b) / distance(b, c) for name, a, b, c in triples}
+
+
 def job_traces(name, mode, _):
     """Whether what surrounds the rules passes explicit axes; updates are to lie as parameters."""
     layout, m = LAYOUTS[name], TASKS
@@ -455,8 +495,9 @@ def job_traces(name, mode, _):
     return found
 
 
-# What the README plans with, per device and step, in numbers of the accumulation dtype: a ring
-# all-reduce sends 2 (d - 1) / d of its operand, a reduce-scatter or an all-gather half of that.
+# What the guide to devices plans with, per device and step, in numbers of the accumulation dtype:
+# a ring all-reduce sends 2 (d - 1) / d of its operand, a reduce-scatter or an all-gather half of
+# that.
 ROUTES = ("Jacobian", "no Jacobian")
 PLACES = ("replicated", "sharded")
 
@@ -490,7 +531,7 @@ def gigabytes(numbers):
 
 
 def table():
-    """Returns the README's plan in Markdown: gigabytes per device, on 8 / 64 / 512 devices."""
+    """Returns the guide's plan in Markdown: gigabytes per device, on 8 / 64 / 512 devices."""
     head = "| n | m | route | sent, replicated | held, replicated | sent, sharded | held, sharded |"
     lines, devices = [head, "|---|---|---|---|---|---|---|"], (8, 64, 512)
     sizes = [(10**8, 8), (10**9, 2), (10**9, 8), (10**9, 40), (10**10, 8)]  # all linear in n
@@ -543,10 +584,9 @@ def job_plan(place, route, size):
 
 
 def job_readme(*_):
-    """Runs the listing of the README's section on devices, and its step on one device."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    section = text.split("\n## Many devices\n")[1].split("\n## ")[0]
-    listings = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    """Runs the listing of the guide to devices, and its step on one device."""
+    text = (Path(__file__).parents[1] / "notebooks" / "guide" / "devices.md").read_text()
+    listings = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     with jax.enable_x64(False):
         scope = {}
         for listing in listings:
@@ -608,6 +648,7 @@ JOBS = {
     "map": job_map,
     "gradient": job_gradient,
     "examples": job_examples,
+    "separate": job_separate,
     "plan": job_plan,
     "readme": job_readme,
     "lookup": job_lookup,

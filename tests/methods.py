@@ -1,7 +1,7 @@
 """The conformance table: one row per public method, with what the tests must know of it.
 
-Its needs, properties and reference come from the library (`jaxmtl.methods`); the README's table is
-printed from them by ``python -m tests.methods``.
+Its needs, properties and reference come from the library (`jaxmtl.methods`); the table of the
+documentation is printed from them by ``python -m tests.methods``.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Method:
 
     @property
     def needs(self) -> str:
-        """What the README says it needs."""
+        """What the table says it needs."""
         words = {"gramian": "Gramian", "jacobian": "coordinates", "rule": "a rule"}
         return ", ".join(words.get(n, f"`{n}`") for n in self.describe.needs) or "nothing"
 
@@ -68,8 +68,12 @@ METHODS = (
     Method("upgrad", solver=True),
     Method("dual_proj", solver=True),
     Method("pcgrad"),
+    Method("pcd", degree=None, stateful=True, solver=True, equivariant=False),
     Method("gradvac", stateful=True),
     Method("cagrad", solver=True),
+    Method("conic_grad", solver=True),
+    Method("dcgd"),
+    Method("dibs_mtl", degree=0.0),
     Method("imtl_g"),
     Method("nash_mtl", degree=0.0, solver=True),
     Method("fairgrad", {"alpha": 2.0}, degree=-1 / 3, solver=True),
@@ -78,6 +82,7 @@ METHODS = (
     Method("krum", min_tasks=5),  # at m = f + 3 the nearest two always tie
     Method("graddrop"),
     Method("trimmed_mean", min_tasks=3),
+    Method("bloop", stateful=True, equivariant=False),
     Method("sdmgrad", degree=None, stateful=True),
     Method("modo", degree=None, stateful=True),
     Method("moco", {"initial": "first"}, degree=None, stateful=True),
@@ -92,8 +97,13 @@ METHODS = (
     Method("gradnorm", degree=None, stateful=True),
     Method("gls"),
     Method("stch"),
+    Method("tchebycheff"),
+    Method("cosmos"),
+    Method("pbi"),
+    Method("hypervolume_scalarization", {"reference": 2.0}),
     Method("famo", stateful=True),
     Method("go4align", stateful=True),
+    Method("epo", solver=True),
     Method("ldc_mtl", stateful=True, equivariant=False),
     Method("cr_mogm", {"aggregator": jaxmtl.mgda()}, stateful=True, solver=True),
     Method("every_k", {"aggregator": jaxmtl.mgda(), "k": 2}, stateful=True),
@@ -111,7 +121,7 @@ BY_NAME = {method.name: method for method in METHODS}
 
 
 def table() -> str:
-    """Returns the README's table of methods in Markdown."""
+    """Returns the documentation's table of methods in Markdown."""
     lines = [
         "| method | update | needs | properties | reference |",
         "|---|---|---|---|---|",

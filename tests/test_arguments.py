@@ -276,7 +276,7 @@ def test_wrong_losses_are_one_sentence_on_every_route():
         with pytest.raises(ValueError, match=r"vector of the m task losses, got shape \(\)"):
             route(lambda p, x: jnp.sum(p * x))(P, X)
         with pytest.raises(ValueError, match="as one array"):
-            route(lambda p, x: {"a": jnp.sum(p)})(P, X)
+            route(lambda p, x: [jnp.sum(p), jnp.sum(x)])(P, X)
         with pytest.raises(ValueError, match=r"\(losses, aux\) with has_aux=True"):
             route(lambda p, x: p, has_aux=True)(P, X)
         with pytest.raises(ValueError, match="chunk_size to be a positive int"):

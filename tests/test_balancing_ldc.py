@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxmtl
 from jaxmtl.rules.ldc_mtl import descend_lower, ldc_mtl
 
 LOSSES = np.array([0.7, 2.0, 1.3])
@@ -77,18 +78,155 @@ def test_normalisations_start_anew_each_epoch(how):
     np.testing.assert_allclose(weights, (sigma + s[1:] - s[:-1]) / scale, rtol=1e-9)
 
 
-def test_sigmoid_form_divides_by_the_sum_of_weights():
-    weighting = ldc_mtl(2.0, num_tasks=3, activation="sigmoid", optimizer=optax.sgd(1.0)).weighting
+@pytest.mark.parametrize("form", ["paper", "code"])
+@pytest.mark.parametrize("tau", ["ones", "sigma"])
+@pytest.mark.parametrize("how", [None, "log", "ratio", "ratio_min"])
+def test_equal_neighbours_have_no_slope(how, tau, form):
+    """At the first step of an epoch every normalized loss is equal: f is then not descended."""
+    m, equal = 3, np.full(3, 1.5)
+    losses = equal if how is None else LOSSES
+    weighting = ldc_mtl(
+        0.5, num_tasks=m, normalize=how, tau=tau, form=form, optimizer=optax.sgd(1.0)
+    ).weighting
+    weights, state = weighting.update(None, weighting.init(), losses=jnp.asarray(losses))
+    slope = {"ratio": 1 / losses, "ratio_min": losses.min() / losses, "log": 1 / losses}
+    expected = (0.5 if form == "paper" else 1.0) / m * slope.get(how, np.ones(m))
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    # All terms of g are equal under the softmax: the router stays, within rounding.
+    scaled = {"log": np.zeros(m), "ratio": np.ones(m)}.get(how, np.full(m, 1.0))
+    if np.ptp(scaled) == 0:
+        np.testing.assert_allclose(state.inner.router.values["logits"], np.ones(m), atol=1e-12)
 
-    def stated(logits, losses):
-        sigma = jax.nn.sigmoid(logits)
-        gaps = jnp.diff(sigma * losses)
-        return jnp.sum(jnp.abs(gaps)) + 2 * jnp.sum(sigma * losses) / jnp.sum(sigma)
 
-    of_logits, of_losses = jax.grad(stated, (0, 1))(jnp.ones(3), jnp.asarray(LOSSES))
-    weights, state = weighting.update(None, weighting.init(), losses=jnp.asarray(LOSSES))
-    np.testing.assert_allclose(weights, of_losses, rtol=1e-9)
-    np.testing.assert_allclose(state.inner.router.values["logits"], 1 - of_logits, rtol=1e-9)
+def test_two_equal_losses_with_tau_one():
+    weighting = ldc_mtl(0.5, num_tasks=2, tau="ones").weighting
+    weights, _ = weighting.update(None, weighting.init(), losses=jnp.ones(2))
+    np.testing.assert_allclose(weights, [0.25, 0.25], rtol=1e-12)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def adam(gradient, start, steps, rate=1e-3):
+    x, first, second = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    for t in range(1, steps + 1):
+        g = gradient(x)
+        first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+        x -= rate * (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    return x
+
+
+def run_constant(weighting, steps):
+    """Router and the last weights after many steps at constant losses."""
+
+    def step(state, _):
+        weights, state = weighting.update(None, state, losses=jnp.asarray(LOSSES))
+        return state, weights
+
+    state, weights = jax.jit(lambda s: jax.lax.scan(step, s, None, steps))(weighting.init())
+    return np.asarray(state.inner.router.values["logits"]), np.asarray(weights[-1])
+
+
+def test_the_code_of_celeba_keeps_its_shares():
+    """g over the sum of sigmoids, a constant to W: by Adam and derivatives written out."""
+    weighting = ldc_mtl(0.01, num_tasks=3, form="code", activation="sigmoid").weighting
+
+    def gradient(logits):
+        sigma = sigmoid(logits)
+        slope = sigma * (1 - sigma)
+        s = np.concatenate([[0], np.sign(sigma[:-1] * LOSSES[:-1] - sigma[1:] * LOSSES[1:]), [0]])
+        return slope * LOSSES * (1 / sigma.sum() + 0.01 * (s[1:] - s[:-1]))
+
+    logits, weights = run_constant(weighting, 3000)
+    expected = adam(gradient, np.ones(3), 3000)
+    np.testing.assert_allclose(logits, expected, rtol=1e-6)
+    shares = sigmoid(logits) / sigmoid(logits).sum()
+    np.testing.assert_allclose(shares, [0.331, 0.337, 0.331], atol=1e-3)
+    before = sigmoid(adam(gradient, np.ones(3), 2999))
+    s = np.concatenate([[0], np.sign(before[:-1] * LOSSES[:-1] - before[1:] * LOSSES[1:]), [0]])
+    np.testing.assert_allclose(
+        weights, before / before.sum() + 0.01 * before * (s[1:] - s[:-1]), rtol=1e-6
+    )
+
+
+def differences(function, x, width=1e-6):
+    return np.array(
+        [(function(x + h) - function(x - h)) / (2 * width) for h in width * np.eye(x.size)]
+    )
+
+
+@pytest.mark.parametrize("name", ["qm9", "nyuv2", "cityscapes"])
+def test_the_other_codes(name):
+    """QM9: sigmoid(relu(W)), g divided by a constant. NYUv2: clamped, then divided, in f and g."""
+    options = {
+        "qm9": {"activation": "relu_sigmoid", "seed": 3},
+        "nyuv2": {"weight_bounds": (0.2, 0.8), "divide_weights": True},
+        "cityscapes": {"weight_bounds": (0.2, 0.8)},
+    }[name]
+    weighting = ldc_mtl(
+        0.3, num_tasks=3, form="code", optimizer=optax.sgd(0.7), **options
+    ).weighting
+    state = weighting.init()
+    start = np.asarray(state.inner.router.values["logits"])
+    if name == "qm9":
+        assert np.all((start >= 0.2) & (start < 1))
+        assert np.ptp(start) > 0
+        start = np.array([0.9, 0.3, -0.4])  # one that the ReLU cuts off
+    else:
+        start = np.array([1.5, 0.2, 0.1])  # softmax .66 .18 .16, of which the last are clamped
+    values = {"logits": jnp.asarray(start)}
+    router = state.inner.router._replace(values=values)
+    state = state._replace(inner=state.inner._replace(router=router))
+
+    def stated(logits, losses, divisor=None):
+        if name == "qm9":
+            w = sigmoid(np.maximum(logits, 0))
+            g = np.sum(w * losses) / divisor
+        else:
+            w = np.clip(np.exp(logits) / np.exp(logits).sum(), 0.2, 0.8)
+            w = w / w.sum() if name == "nyuv2" else w
+            g = np.sum(w * losses)
+        return g + 0.3 * np.sum(np.abs(np.diff(w * losses)))
+
+    constant = sigmoid(np.maximum(start, 0)).sum()
+    of_logits = differences(lambda x: stated(x, LOSSES, constant), start)
+    of_losses = differences(lambda x: stated(start, x, constant), LOSSES)
+    weights, state = weighting.update(None, state, losses=jnp.asarray(LOSSES))
+    np.testing.assert_allclose(weights, of_losses, rtol=1e-7)
+    moved = np.asarray(state.inner.router.values["logits"])
+    np.testing.assert_allclose(moved, start - 0.7 * of_logits, rtol=1e-7, atol=1e-9)
+
+
+def test_shuffled_orders_compare_other_neighbours():
+    """Each order is as likely, and gives the weights of the tasks in that order."""
+    plain = ldc_mtl(0.5, num_tasks=3, tau="ones").weighting
+    mixed = ldc_mtl(0.5, num_tasks=3, tau="ones", shuffle=True).weighting
+    draw = jax.jit(
+        jax.vmap(lambda k: mixed.update(None, mixed.init(), losses=jnp.asarray(LOSSES), key=k)[0])
+    )
+    found = np.round(np.asarray(draw(jax.random.split(jax.random.key(0), 600))), 9)
+    # Three tasks in a row have three pairs of neighbours, by which one stands in the middle.
+    expected = []
+    for order in ([0, 1, 2], [1, 0, 2], [0, 2, 1]):
+        weights = np.empty(3)
+        weights[order], _ = plain.update(None, plain.init(), losses=jnp.asarray(LOSSES[order]))
+        expected.append(np.round(weights, 9))
+    counts = [np.sum(np.all(found == w, axis=1)) for w in expected]
+    assert sum(counts) == 600
+    assert min(counts) > 150
+    first, state = mixed.update(None, mixed.init(), losses=jnp.asarray(LOSSES))
+    drawn = [first]
+    for _ in range(5):
+        weights, state = mixed.update(None, state, losses=jnp.asarray(LOSSES))
+        drawn.append(weights)
+    assert len({tuple(np.sign(np.asarray(w) - 1 / 6).round(3)) for w in drawn}) > 1
+    mask = jnp.array([True, False, True])
+    masked, _ = mixed.update(None, mixed.init(), losses=jnp.asarray(LOSSES), task_mask=mask)
+    without, _ = plain.update(None, plain.init(), losses=jnp.asarray(LOSSES), task_mask=mask)
+    np.testing.assert_allclose(masked, without, rtol=1e-12)
+    assert "key" in jaxmtl.ldc_mtl(num_tasks=3, shuffle=True).rule.accepts
+    assert "key" not in jaxmtl.ldc_mtl(num_tasks=3).rule.accepts
 
 
 def test_router_on_features():
@@ -196,6 +334,7 @@ def test_absent_task_makes_its_neighbours_neighbours():
         ({"form": "both"}, "form"),
         ({"hidden": (3,)}, "feature_size"),
         ({"weight_bounds": (0.8, 0.2)}, "bound"),
+        ({"activation": "relu"}, "activation"),
         ({"smooth": -1.0}, "smooth"),
         ({"penalty": -1.0}, "penalty"),
     ],

@@ -106,6 +106,93 @@ def test_cr_mogm_keeps_the_weights_of_absent_tasks():
     assert state.inner.average[1] == first[1]
 
 
+@pytest.mark.parametrize("start", [None, "first", np.array([0.5, 0.2, 0.3])])
+@pytest.mark.parametrize("name", ["mgda", "upgrad"])
+def test_cr_mogm_with_an_absent_task_is_the_run_on_the_others(name, start):
+    """Whatever the weights of the rule sum to; the one that returns has its share of the total."""
+    inner, sequence = getattr(jaxmtl, name)(), gramians(6)
+    weighting = jaxmtl.cr_mogm(inner, alpha=0.9, initial_weights=start, num_tasks=3).weighting
+    present = np.array([0, 2])
+    of_two = start if start is None or isinstance(start, str) else start[present] / 0.8
+    small = jaxmtl.cr_mogm(inner, alpha=0.9, initial_weights=of_two, num_tasks=2)
+    expected = weights_over(small, [g[np.ix_(present, present)] for g in sequence])
+    step, state = jax.jit(weighting.update), weighting.init()
+    for gram, two in zip(sequence, expected, strict=True):
+        weights, state = step(gram, state, task_mask=jnp.array([True, False, True]))
+        np.testing.assert_allclose(weights, [two[0], 0, two[1]], rtol=1e-12)
+    average = np.asarray(state.inner.average)
+    share = 0.0 if isinstance(start, str) else 1 / 3 if start is None else 0.2
+    np.testing.assert_allclose(average[1], share * two.sum(), atol=1e-12)
+    np.testing.assert_allclose(average.sum(), two.sum(), rtol=1e-12)
+    back, _ = step(sequence[0], state, task_mask=jnp.ones(3, bool))
+    plain = weights_over(inner, sequence[:1])[0]
+    np.testing.assert_allclose(back, 0.9 * average + 0.1 * plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        optax.linear_schedule(0.0, 0.1, 4),
+        optax.linear_schedule(1e-6, 1.0, 3),
+        optax.constant_schedule(0.0),
+        optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 8, 0.0),
+    ],
+    ids=["from zero", "from a small rate", "zero", "warm-up and decay"],
+)
+def test_corollary_1_stays_between_its_ends_for_every_schedule(schedule):
+    sequence = gramians(9)
+    plain = weights_over(jaxmtl.mgda(), sequence)
+    aggregator = jaxmtl.cr_mogm(
+        jaxmtl.mgda(), alpha="corollary1", learning_rate=schedule, num_tasks=3
+    )
+    w, highest = np.full(3, 1 / 3), 0.0
+    for k, (hat, got) in enumerate(
+        zip(plain, weights_over(aggregator, sequence), strict=True), start=1
+    ):
+        highest = max(highest, float(schedule(k - 1)))
+        ratio = float(schedule(k - 1)) / highest if highest else 1.0
+        a = max(1 - ratio, 1 - ratio / (k * np.abs(w - hat).sum()))
+        assert 0 <= a <= 1
+        w = a * w + (1 - a) * hat
+        np.testing.assert_allclose(got, w, rtol=1e-6)  # optax's schedules are float32
+        assert got.min() >= 0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [jaxmtl.nash_mtl(max_norm=1.0), jaxmtl.fairgrad(2.0, max_norm=1.0)],
+    ids=["nash", "fair"],
+)
+def test_a_bound_on_the_norm_holds_between_renewals(rule):
+    aggregator = jaxmtl.every_k(rule, 3, num_tasks=2)
+    params, state = jnp.zeros(2), aggregator.init(jnp.zeros(2))
+    step, found = jax.jit(aggregator.update), []
+    for scale in (1.0, 5.0, 0.5, 7.0):
+        update, state = step(scale * jnp.eye(2), state, params)
+        found.append(np.asarray(update))
+    norms = np.linalg.norm(found, axis=1)
+    # Weights kept from I are (1, 1) or (1, 1): of norm sqrt(2) on I, and never above the bound.
+    np.testing.assert_allclose(norms[:3], [1, 1, np.sqrt(2) / 2], rtol=1e-10)
+    assert norms[3] <= 1 + 1e-12
+    on_units = jaxmtl.every_k(jaxmtl.scale_rows(rule, apply_to="scaled"), 2, num_tasks=2)
+    state = on_units.init(params)
+    for scale in (1.0, 5.0):
+        update, state = on_units.update(scale * jnp.eye(2), state, params)
+        np.testing.assert_allclose(np.linalg.norm(update), 1, rtol=1e-10)
+
+
+def test_every_k_waits_for_a_task():
+    """A renewal without any task would leave k - 1 steps without weights."""
+    sequence = gramians(5)
+    weighting = jaxmtl.every_k(jaxmtl.mgda(), 3, num_tasks=3).weighting
+    plain = weights_over(jaxmtl.mgda(), sequence)
+    step, state, found = jax.jit(weighting.update), weighting.init(), []
+    for gram, there in zip(sequence, (False, True, True, True, True), strict=True):
+        weights, state = step(gram, state, task_mask=jnp.full(3, there))
+        found.append(np.asarray(weights))
+    np.testing.assert_allclose(found, [np.zeros(3), *plain[[1, 1, 1, 4]]], rtol=1e-12)
+
+
 def test_every_k_renews_every_k_steps():
     sequence = gramians(5)
     plain = weights_over(jaxmtl.mgda(), sequence)

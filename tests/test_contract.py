@@ -184,7 +184,7 @@ def test_methods_and_make():
 
 def test_every_method_is_in_the_list():
     """Whatever public factory returns an aggregator of its own is listed, and nothing else."""
-    others = {"from_rows", "from_weighting", "multi_steps", "make", "Aggregator"}
+    others = {"from_rows", "from_weighting", "multi_steps", "make", "frozen", "Aggregator"}
     found = {
         name
         for name in jaxmtl.__all__

@@ -46,9 +46,10 @@ MAPPED = tuple(
 )
 GRADIENTS = ("gradient:fsdp:explicit:", "gradient:both:auto:")
 EXAMPLES = ("examples:fsdp:explicit:", "examples:both:explicit:")
+SEPARATE = ("separate:fsdp:explicit:", "separate:both:auto:")
 PLANS = tuple(f"plan:{place}:{route}:64" for place in devices.PLACES for route in devices.ROUTES)
 TRACES = ("traces:fsdp:explicit:", "traces:both:explicit:")
-QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *PLANS, *TRACES, "readme:::", "lookup:::")
+QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *SEPARATE, *PLANS, *TRACES, "readme:::", "lookup:::")
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -85,6 +86,13 @@ def check_rules(job, result):
 @pytest.mark.parametrize("job", JOBS)
 def test_every_update_is_that_of_one_device(job):
     check_rules(job, quick()[job])
+
+
+@pytest.mark.parametrize("job", SEPARATE)
+def test_separate_data_is_that_of_one_device(job):
+    result = quick()[job]
+    assert set(result) == {"jacobian", "gramian", "chunked", "upgrad"}
+    assert max(result.values()) <= 1e-9, result
 
 
 def large(collectives):
@@ -171,16 +179,16 @@ def large_rows(collectives):
     return {kind: n for kind, n in collectives.items() if int(kind.split(":")[1]) > 64}
 
 
-def test_readme_listing_runs_and_its_table_is_the_plan():
-    assert devices.table() in (ROOT / "README.md").read_text()
+def test_listing_of_the_guide_runs_and_its_table_is_the_plan():
+    assert devices.table() in (ROOT / "notebooks" / "guide" / "devices.md").read_text()
     result = quick()["readme:::"]
     assert result["listings"] == 1
     assert result["held"] == [2, 3]
     assert result["difference"] < 1e-5
 
 
-def test_lookups_of_split_batches_as_the_readme_says():
-    """A limit of JAX's: when this fails, the README's sentence can go."""
+def test_lookups_of_split_batches_as_the_guide_says():
+    """A limit of JAX's: when this fails, the guide's sentence can go."""
     result = quick()["lookup:::"]
     assert (result["plain"], result["told"], result["one_hot"]) == (False, False, True)
     same = np.arange(16)[:, None] % 7 == np.arange(16) % 7

@@ -1,19 +1,26 @@
 """Instance-wise training: the networks, the search, the steps, and a smoke run with its report."""
 
+import io
 import json
+import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from PIL import Image
 
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
 import jaxmtl  # noqa: E402
-from experiments import iwrm, iwrm_report, iwrm_time  # noqa: E402
-from experiments._runs import VERDICTS, append_records  # noqa: E402
-from experiments.models import iwrm_networks as networks  # noqa: E402
+from experiments import timing  # noqa: E402
+from experiments.claims import VERDICTS  # noqa: E402
+from experiments.images import load_local_images  # noqa: E402
+from experiments.iwrm import __main__ as iwrm  # noqa: E402
+from experiments.iwrm import networks, search, train  # noqa: E402
+from experiments.iwrm import report as iwrm_report  # noqa: E402
+from experiments.study import append_records  # noqa: E402
 
 
 def linear_loss(params, example):
@@ -48,7 +55,7 @@ def test_convolutions_and_maxima_are_what_xla_computes():
         dimension_numbers=numbers,
         feature_group_count=4,
     )
-    # XLA's outputs of a channel are neighbours, ours are one for every channel, then the next.
+    # XLA's outputs of a channel are neighbors, ours are one for every channel, then the next.
     expected = expected[0].reshape(7, 6, 4, 2).swapaxes(2, 3).reshape(7, 6, 8) + grouped["b"]
     np.testing.assert_allclose(networks.depthwise(x, grouped), expected, atol=1e-4)
     np.testing.assert_array_equal(networks.pool(x, 3), nn.max_pool(x, (3, 3), (3, 3)))
@@ -90,7 +97,7 @@ def test_full_search_tries_72_rates_around_the_two_best_of_each_seed():
             areas.append(abs(np.log(rate / best[seed])))
         return areas
 
-    iwrm.search_fully(evaluate, 2)
+    search.search_fully(evaluate, 2)
     assert [len(rates) for rates in tried] == [72, 72]
     assert tried[0][0] == pytest.approx(1e-5)
     assert tried[0][21] == pytest.approx(1e2)
@@ -109,13 +116,13 @@ def test_climb_finds_the_best_coarse_rate_without_asking_twice(start):
         asked.append(rate)
         return np.inf if rate > 1 else (np.log10(rate) + 4 / 3) ** 2
 
-    assert iwrm.climb(area, start) == pytest.approx(10 ** (-4 / 3))
+    assert search.climb(area, start) == pytest.approx(10 ** (-4 / 3))
     assert len(asked) == len(set(asked)) < 10
 
 
 def test_climb_says_when_nothing_trains():
     with pytest.raises(ValueError, match="expected a rate"):
-        iwrm.climb(lambda rate: np.inf, 1e-4)
+        search.climb(lambda rate: np.inf, 1e-4)
 
 
 # --- steps
@@ -123,13 +130,13 @@ def test_climb_says_when_nothing_trains():
 
 def test_the_shared_program_takes_every_rules_own_step():
     params, batch = linear_problem()
-    (weighted, *single) = iwrm.programs(list(iwrm.AGGREGATORS))
+    (weighted, *single) = train.programs(list(iwrm.METHODS))
     assert len(weighted) == 12
     assert single == [("graddrop",)]
-    aggregators = [iwrm.AGGREGATORS[name].make() for name in weighted]
+    aggregators = [iwrm.METHODS[name].make(6) for name in weighted]
     states = tuple(aggregator.init(params) for aggregator in aggregators)
     key = jax.random.key(3)
-    direction = jax.jit(iwrm.weighted_direction(aggregators, linear_loss))
+    direction = jax.jit(train.weighted_direction(aggregators, linear_loss))
     losses, jacobian = jaxmtl.value_and_jacobian(linear_loss, in_axes=(None, 0))(params, batch)
     rows = np.concatenate([np.asarray(x).reshape(6, -1) for x in jax.tree.leaves(jacobian)], 1)
     for i, aggregator in enumerate(aggregators):
@@ -149,7 +156,7 @@ def test_the_shared_program_takes_every_rules_own_step():
 def test_the_rule_of_coordinates_takes_its_step_and_cosine():
     params, batch = linear_problem()
     aggregator, key = jaxmtl.graddrop(), jax.random.key(3)
-    direction = iwrm.coordinate_direction([aggregator], linear_loss)
+    direction = train.coordinate_direction([aggregator], linear_loss)
     _, update, similarity, _ = direction(0, params, (aggregator.init(params),), batch, key)
     _, jacobian = jaxmtl.value_and_jacobian(linear_loss, in_axes=(None, 0))(params, batch)
     expected, _ = aggregator.update(jacobian, aggregator.init(params), params, key=key)
@@ -167,7 +174,10 @@ def test_timed_steps_of_the_mean_are_those_of_sgd_on_every_route():
     rows = jaxmtl.Aggregator  # an aggregator by the Jacobian alone, as GradDrop's
     mean = jaxmtl.linear_scalarization()
     by_rows = rows(mean.init, mean.update)
-    steps = [iwrm_time.make_step(linear_loss, a)(params, batch)[0] for a in (None, mean, by_rows)]
+    steps = []
+    for rule in (None, mean, by_rows):
+        step = timing.make_step(linear_loss, rule, in_axes=(None, 0))
+        steps.append(step(params, rule.init(params) if rule else (), batch)[2])
     assert by_rows.weighting is None
     for step in steps[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), step, steps[0])
@@ -177,19 +187,105 @@ def test_timed_steps_of_the_mean_are_those_of_sgd_on_every_route():
 
 
 def test_subsets_differ_by_seed():
-    setting = iwrm.Setting("digits", 1, examples=8)
-    (a, labels), (b, _) = (iwrm.subset(setting, None, seed) for seed in (1, 2))
+    setting = train.Options("digits", 1, examples=8)
+    (a, labels), (b, _) = (train.subset(setting, None, seed) for seed in (1, 2))
     assert labels.shape == (8,)
     assert a.shape == (8, 16, 16, 1)
     assert not np.array_equal(a, b)
-    images, _ = iwrm.load("digits", None)
+    images, _ = train.load("digits", None)
     np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-4)
+
+
+def jpeg(color, side=64):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), color).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_eurosat_is_read_from_a_zip_or_a_tree_of_classes(tmp_path, archive):
+    files = {"2750/River/a.jpg": jpeg((0, 0, 255)), "2750/Forest/b.jpg": jpeg((0, 255, 0)),
+             "2750/River/c.jpg": jpeg((255, 0, 0)), "2750/readme.txt": b"-"}  # fmt: skip
+    if archive:
+        with zipfile.ZipFile(tmp_path / "EuroSAT.zip", "w") as file:
+            for name, content in files.items():
+                file.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    found = load_local_images("eurosat/rgb", str(tmp_path))
+    assert found.images.shape == (3, 64, 64, 3)
+    np.testing.assert_array_equal(found.labels, [0, 1, 1])  # Forest before River
+    np.testing.assert_array_equal(found.images.argmax(axis=-1)[:, 32, 32], [1, 2, 0])
+    normalized, labels = train.load("eurosat/rgb", str(tmp_path))
+    np.testing.assert_allclose(normalized.mean(axis=(0, 1, 2)), 0, atol=1e-3)
+    assert labels.shape == (3,)
+
+
+def test_images_of_several_sizes_are_refused(tmp_path):
+    for name, side in (("a", 64), ("b", 32)):
+        (tmp_path / "River").mkdir(exist_ok=True)
+        (tmp_path / "River" / f"{name}.jpg").write_bytes(jpeg((9, 9, 9), side))
+    with pytest.raises(ValueError, match="expected images of one size"):
+        load_local_images("eurosat/rgb", str(tmp_path))
+
+
+def test_kuzushiji_is_read_from_its_own_files_and_the_training_part_comes_first(tmp_path):
+    def write(part, count, labels):
+        np.savez(tmp_path / f"kmnist-{part}-imgs.npz", np.full((count, 28, 28), count, np.uint8))
+        np.savez(tmp_path / f"kmnist-{part}-labels.npz", np.arange(labels, dtype=np.uint8))
+
+    assert load_local_images("kmnist", str(tmp_path)) is None
+    assert load_local_images("kmnist", None) is None
+    assert load_local_images("mnist", str(tmp_path)) is None  # TFDS's business
+    write("test", 4, 4)
+    found = load_local_images("kmnist", str(tmp_path))
+    assert found.images.shape == (4, 28, 28)
+    assert found.labels.dtype == np.int32
+    write("train", 6, 6)
+    assert len(load_local_images("kmnist", str(tmp_path)).labels) == 6
+    write("train", 6, 5)
+    with pytest.raises(ValueError, match="expected one label for each image"):
+        load_local_images("kmnist", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "shape"),
+    [
+        ("kmnist", "mnist", (28, 28, 1)),
+        ("eurosat/rgb", "eurosat", (64, 64, 3)),
+        ("svhn_cropped", "svhn", (32, 32, 3)),
+        ("cifar10", "cifar10", (32, 32, 3)),
+    ],
+)
+def test_every_data_set_has_the_network_of_its_table(name, network, shape):
+    assert train.NETWORKS[name] == network
+    assert networks.ARCHITECTURES[network].shape == shape
+    options = train.Options(name, 2, 4, examples=8)
+    curves = jax.eval_shape(
+        train.make_train(options, shape, ("upgrad",)),
+        0,
+        jnp.ones(1),
+        jax.random.split(jax.random.key(0), 1),
+        jnp.zeros((1, 8, *shape)),
+        jnp.zeros((1, 8), int),
+    )
+    assert curves["loss"].shape == (1, 2)
+    epochs = {"kmnist": 10, "eurosat/rgb": 30, "svhn_cropped": 25, "cifar10": 20}  # table 6
+    main = [p.options for p in iwrm.PAPER.values() if p.options[0].optimizer == "sgd"]
+    assert (train.Options(name, epochs[name]),) in main
+
+
+def test_a_data_set_without_a_network_is_not_given_another_ones():
+    with pytest.raises(KeyError):
+        train.make_train(train.Options("imagenet", 1), (28, 28, 1), ("mean",))
 
 
 def test_smoke_run_is_resumed_reported_and_judged(tmp_path, capsys):
     arguments = ["--smoke", "--out", str(tmp_path)]
-    iwrm.main(arguments)
-    results = tmp_path / "iwrm_mnist.jsonl"
+    iwrm.study.main(arguments)
+    results = tmp_path / "iwrm" / "mnist.jsonl"
     lines = results.read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert {(r["aggregator"], r["seed"]) for r in records} == {
@@ -213,25 +309,25 @@ def test_smoke_run_is_resumed_reported_and_judged(tmp_path, capsys):
             assert areas[place] <= min(areas[place - 1], areas[place + 1])  # the search went on
 
     results.write_text("\n".join(lines[:-2]) + "\n")
-    iwrm.main([*arguments, "--resume"])
+    iwrm.study.main([*arguments, "--resume"])
     again = [json.loads(line) for line in results.read_text().splitlines()]
     timeless = [{k: v for k, v in r.items() if k != "seconds"} for r in (*records, *again)]
     assert timeless[: len(records)] == timeless[len(records) :]
 
-    figure = tmp_path / "iwrm_mnist.png"
+    figure = tmp_path / "iwrm" / "mnist.png"
     figure.unlink()
     capsys.readouterr()
-    iwrm.main(["--report-only", "--out", str(tmp_path)])
+    iwrm.study.main(["--report-only", "--out", str(tmp_path)])
     assert figure.stat().st_size > 10_000
     assert "upgrad" in capsys.readouterr().out
-    found = iwrm.claims(tmp_path)
+    found = iwrm.claims(tmp_path / "iwrm")
     assert found
     assert all(claim.verdict in VERDICTS for claim in found)
 
 
 def test_report_without_results_says_what_is_missing(tmp_path):
     with pytest.raises(SystemExit, match="expected results in"):
-        iwrm.main(["--report-only", "--out", str(tmp_path)])
+        iwrm.study.main(["--report-only", "--out", str(tmp_path)])
 
 
 def record_of(aggregator, seed, final, area, batch_size=32):
@@ -254,7 +350,7 @@ def test_verdicts_follow_the_records_at_the_best_rate_of_each_seed(tmp_path):
         records = [record_of("mean", seed, 0.5, 1.0) for seed in (1, 2)]
         records += [record_of("mean", 1, 0.1, 1.5)]  # a worse rate: its end does not count
         records += [record_of("upgrad", seed, upgrad_final, upgrad_area) for seed in (1, 2)]
-        append_records(folder / "iwrm_mnist.jsonl", records)
+        append_records(folder / "mnist.jsonl", records)
         return [c.verdict for c in iwrm_report.claims(folder) if "faster" in c.claim]
 
     assert verdicts(0.4, 0.9) == ["reproduced"]
@@ -268,7 +364,7 @@ def test_the_lead_must_grow_with_the_batch(tmp_path):
         for batch_size, lead in zip((4, 16, 64), leads, strict=True):
             records = [record_of("mean", seed, 0.5, 1.0, batch_size) for seed in (1, 2)]
             records += [record_of("upgrad", s, 0.4, 1.0 / lead, batch_size) for s in (1, 2)]
-            append_records(folder / "iwrm_batch_size.jsonl", records)
+            append_records(folder / "batch_size.jsonl", records)
         (claim,) = iwrm_report.claims(folder)
         return claim.verdict
 
@@ -279,7 +375,7 @@ def test_the_lead_must_grow_with_the_batch(tmp_path):
 
 def test_one_seed_never_makes_a_claim_reproduced(tmp_path):
     records = [record_of("mean", 1, 0.5, 1.0), record_of("upgrad", 1, 0.1, 0.5)]
-    append_records(tmp_path / "iwrm_mnist.jsonl", records)
+    append_records(tmp_path / "mnist.jsonl", records)
     (faster,) = [c for c in iwrm_report.claims(tmp_path) if "faster" in c.claim]
     assert faster.verdict == "partly"
     assert "one seed" in faster.ours
@@ -290,6 +386,6 @@ def test_times_of_every_rule_stand_beside_table_7():
         row = {"network": "mnist", "aggregator": name, "seconds_per_epoch": 3.0}
         return row | {"time_ratio": 1.0, "flops_ratio": None}
 
-    table = iwrm_report.make_time_table([record(name) for name in iwrm.AGGREGATORS])
-    assert table.row_count == 13
-    assert list(table.columns[-1].cells)[-1] == "4.04"  # 1.90 / 0.47
+    table = iwrm_report.make_time_table([record(name) for name in iwrm.METHODS])
+    assert len(table.rows) == 13
+    assert table.rows[-1][-1] == "4.04"  # 1.90 / 0.47

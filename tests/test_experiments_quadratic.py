@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
-from experiments import stochastic_quadratic as study
-from experiments._runs import VERDICTS
+from experiments.claims import VERDICTS
+from experiments.stochastic_quadratic import __main__ as study
 
 
 def test_objectives_and_gradients_are_those_of_the_paper():
@@ -46,8 +46,8 @@ def test_expected_direction_is_that_of_the_closed_form(name, rule):
     record = study.expectation_record(name)
 
     def upward(x: float, y: float) -> float:
-        point, centres = np.array([x, y]), study.CENTRES
-        pairs = [2 * (point - centres[[0, 1], [i, j]]) for i in (0, 1) for j in (0, 1)]
+        point, centers = np.array([x, y]), study.CENTERS
+        pairs = [2 * (point - centers[[0, 1], [i, j]]) for i in (0, 1) for j in (0, 1)]
         return -np.mean([rule(g)[1] for g in pairs])
 
     np.testing.assert_allclose(record["at_start"], [0, upward(0, 0.4)], atol=1e-6)
@@ -61,8 +61,8 @@ def test_expected_direction_is_that_of_the_closed_form(name, rule):
 
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
     arguments = ["--smoke", "--out", str(tmp_path), "--methods", "mgda"]
-    study.main(arguments)
-    results = tmp_path / "stochastic_quadratic.jsonl"
+    study.study.main(arguments)
+    results = tmp_path / "stochastic_quadratic" / "quadratic.jsonl"
     text = results.read_text()
     runs = [r for r in map(json.loads, text.splitlines()) if r["kind"] == "run"]
     assert {(r["form"], r["noise"]) for r in runs} == {
@@ -77,19 +77,19 @@ def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, 
         total = np.add(run["final"]["loss1"], run["final"]["loss2"])
         assert (total >= 34 + 2 * np.square(run["final"]["distance"]) - 1e-3).all()
 
-    study.main([*arguments, "--resume"])
+    study.study.main([*arguments, "--resume"])
     assert results.read_text() == text
     with pytest.raises(SystemExit, match="expected the options"):
-        study.main(["--steps", "40", "--out", str(tmp_path), "--resume"])
+        study.study.main(["--steps", "40", "--out", str(tmp_path), "--resume"])
 
-    figure = tmp_path / study.FIGURES[0]
+    figure = tmp_path / "stochastic_quadratic" / study.study.figures[0]
     figure.unlink()
     capsys.readouterr()
-    study.main(["--report-only", "--out", str(tmp_path)])
+    study.study.main(["--report-only", "--out", str(tmp_path)])
     assert figure.stat().st_size > 10_000
     assert "mgda" in capsys.readouterr().out
 
-    claims = study.claims(tmp_path)
+    claims = study.claims(tmp_path / "stochastic_quadratic")
     assert len(claims) == 10
     assert all(claim.verdict in VERDICTS for claim in claims)
     # Thirty steps are far too few for anything to come near the Pareto set.
@@ -104,4 +104,4 @@ def test_the_report_knows_every_method():
 def test_a_study_without_results_makes_no_claims_and_says_what_is_missing(tmp_path):
     assert study.claims(tmp_path) == []
     with pytest.raises(SystemExit, match="expected results in"):
-        study.main(["--report-only", "--out", str(tmp_path)])
+        study.study.main(["--report-only", "--out", str(tmp_path)])

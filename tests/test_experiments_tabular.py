@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +12,34 @@ import pytest
 
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
+from scipy.io import savemat  # noqa: E402
 from sklearn.datasets import fetch_openml  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 from sklearn.utils import Bunch  # noqa: E402
 
 import jaxmtl  # noqa: E402
-from experiments import tabular  # noqa: E402
-from experiments._runs import VERDICTS  # noqa: E402
-from experiments.data import tables  # noqa: E402
-from experiments.models.tabular_networks import MixtureOfExperts, SharedBottom  # noqa: E402
-from experiments.tabular_report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
-from experiments.tabular_rules import (  # noqa: E402
-    EXTRAS,
-    RULES,
+from experiments.claims import VERDICTS  # noqa: E402
+from experiments.tabular import __main__ as tabular  # noqa: E402
+from experiments.tabular import data as tables  # noqa: E402
+from experiments.tabular.methods import (  # noqa: E402
+    INPUTS,
+    METHODS,
     Batches,
     cross_gramian,
     make_direction,
     swept_weights,
 )
-from tests.methods import METHODS  # noqa: E402
+from experiments.tabular.networks import MixtureOfExperts, SharedBottom  # noqa: E402
+from experiments.tabular.report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
+from experiments.tabular.train import area_under_curve, draw_order, relative_error  # noqa: E402
+from tests import methods as conformance  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("tabular")
 
 # One rule of each route and with each further input.
 YEAST = ["single_task", "linear_scalarization", "famo", "track_gradients_pcgrad"]
 CENSUS = ["single_task", "linear_scalarization", "modo", "swept_scalarization"]
-NUM_SWEPT = len(swept_weights(np.array([0.1, 0.4])))
+NUM_SWEPT = len(swept_weights(2))
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +47,15 @@ def smoke(tmp_path_factory):
     """The folder of a smoke run."""
     out = tmp_path_factory.mktemp("tabular")
     start = ["--smoke", "--out", str(out), "--datasets"]
-    tabular.main([*start, "yeast", "--methods", *YEAST])
-    tabular.main([*start, "census", "--methods", *CENSUS, "--models", "shared_bottom"])
+    tabular.study.main([*start, "yeast", "--methods", *YEAST])
+    tabular.study.main([*start, "census", "--methods", *CENSUS, "--models", "shared_bottom"])
     more = ["--models", "mmoe", "--methods", *CENSUS[1:3], "--resume"]
-    tabular.main([*start, "census", *more])
+    tabular.study.main([*start, "census", *more])
     return out
 
 
 def records_in(folder, dataset):
-    lines = (folder / f"tabular_{dataset}.jsonl").read_text().splitlines()
+    lines = (folder / "tabular" / f"{dataset}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -70,26 +73,27 @@ def test_smoke_run_writes_a_record_per_method_and_setting(smoke):
 
 
 def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
-    path = smoke / "tabular_yeast.jsonl"
+    path = smoke / "tabular" / "yeast.jsonl"
     before = path.read_text()
     arguments = ["--smoke", "--out", str(smoke), "--datasets", "yeast", "--methods", *YEAST]
-    tabular.main([*arguments, "--resume"])
+    tabular.study.main([*arguments, "--resume"])
     assert path.read_text() == before
     with pytest.raises(SystemExit, match="expected the options of"):
-        tabular.main([*arguments, "--resume", "--learning-rates", "0.5"])
+        tabular.study.main([*arguments, "--resume", "--learning-rates", "0.5"])
 
 
 def test_report_is_made_of_the_results_alone(smoke, capsys):
-    for name in tabular.FIGURES:
-        (smoke / name).unlink(missing_ok=True)
-    tabular.main(["--report-only", "--out", str(smoke)])
+    figures = [smoke / "tabular" / name for name in tabular.study.figures]
+    for figure in figures:
+        figure.unlink(missing_ok=True)
+    tabular.study.main(["--report-only", "--out", str(smoke)])
     text = capsys.readouterr().out
-    assert all((smoke / name).stat().st_size > 10_000 for name in tabular.FIGURES)
+    assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert all(name in text for name in ("census, mmoe", "modo", "single_task", "tuned"))
 
 
 def test_claims_are_decided_by_the_records(smoke, tmp_path):
-    claims = tabular.claims(smoke)
+    claims = tabular.claims(smoke / "tabular")
     assert len(claims) >= 4
     assert all(claim.verdict in VERDICTS and claim.ours for claim in claims)
     assert tabular.claims(tmp_path) == []
@@ -103,22 +107,23 @@ def test_claims_are_decided_by_the_records(smoke, tmp_path):
             if record["method"] != "single_task":
                 record["test_auc"] = [(0.6 + shift).tolist(), (0.61 + shift).tolist()]
         lines = "".join(json.dumps(record) + "\n" for record in records)
-        (edited / "tabular_census.jsonl").write_text(lines)
+        (edited / "census.jsonl").write_text(lines)
         verdicts = {c.source: c.verdict for c in tabular.claims(edited)}
         assert verdicts["Ma 2018"] == verdict
 
 
 def test_report_without_results_says_what_is_missing(tmp_path):
     with pytest.raises(SystemExit, match="expected results in"):
-        tabular.main(["--report-only", "--out", str(tmp_path)])
+        tabular.study.main(["--report-only", "--out", str(tmp_path)])
 
 
 def test_every_rule_of_the_library_is_under_study():
-    for method in METHODS:
-        names = [name for name in RULES if (name + "_").startswith(method.name + "_")]
+    for method in conformance.METHODS:
+        names = [name for name in METHODS if (name + "_").startswith(method.name + "_")]
         assert names, method.name
-        declared = set(RULES[names[0]].extras)
-        assert declared == set(method.inputs) & set(EXTRAS), method.name
+        declared = set(METHODS[names[0]].inputs)
+        assert declared == set(method.inputs) & set(INPUTS), method.name
+        assert METHODS[names[0]].min_tasks >= method.min_tasks
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -211,6 +216,112 @@ def test_yeast_from_a_folder_and_from_openml_is_the_same(tmp_path, monkeypatch):
         np.testing.assert_allclose(ours.numbers, other.numbers, rtol=1e-6)
 
 
+def write_arff(path, values, missing=None):
+    """Writes a table of numbers as multi-target sets are published, with "?" for missing ones."""
+    cells = [[repr(float(x)) for x in row] for row in values]
+    for row, column in missing or ():
+        cells[row][column] = "?"
+    lines = ["@relation made_up", *(f"@attribute a{i} numeric" for i in range(values.shape[1]))]
+    text = "\n".join([*lines, "@data", *map(",".join, cells)]) + "\n"
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+        file.write(text)
+
+
+def check_regression(split, rows, num_inputs):
+    """The parts hold every row once; inputs and targets are standardized by the training rows."""
+    assert split.regression
+    parts = split[:3]
+    for i, name in ((0, "numbers"), (1, "labels")):
+        values = np.split(rows, [num_inputs], axis=1)[i]
+        got = np.concatenate([np.asarray(getattr(part, name)) for part in parts])
+        assert got.shape == values.shape
+        # Standardization is affine in each column: sorted, they lie on a line.
+        for column in range(values.shape[1]):
+            before, after = np.sort(values[:, column]), np.sort(got[:, column])
+            line = np.polyval(np.polyfit(before, after, 1), before)
+            np.testing.assert_allclose(line, after, atol=1e-4)
+        train = np.asarray(getattr(split.train, name))
+        np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
+        np.testing.assert_allclose(train.std(axis=0), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "inputs", "tasks"),
+    [("rf1", "rf1.arff.gz", 64, 8), ("water_quality", "wq.arff", 16, 14)],
+)
+def test_multi_target_files_are_read_and_incomplete_rows_dropped(
+    tmp_path, dataset, name, inputs, tasks
+):
+    rows = np.random.default_rng(0).normal(3, 5, (27, inputs + tasks))
+    write_arff(tmp_path / name, rows, missing=[(4, 9), (11, 0)])
+    split = tables.load_arff(dataset, tmp_path)
+    assert [len(part.labels) for part in split[:3]] == [15, 5, 5]
+    assert len(split.tasks) == split.train.labels.shape[1] == tasks
+    check_regression(split, np.delete(rows, [4, 11], axis=0), inputs)
+    write_arff(tmp_path / name, rows[:, 1:])
+    with pytest.raises(ValueError, match=f"expected {inputs} inputs and {tasks} targets"):
+        tables.load_arff(dataset, tmp_path)
+
+
+def test_sarcos_is_split_or_tested_on_the_published_rows(tmp_path):
+    rows = np.random.default_rng(1).normal(-1, 2, (30, 28))
+    savemat(tmp_path / "sarcos_inv_test.mat", {"sarcos_inv_test": rows[20:]})
+    split = tables.load_sarcos(tmp_path)
+    assert [len(part.labels) for part in split[:3]] == [6, 2, 2]
+    check_regression(split, rows[20:], 21)
+    savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": rows[:20]})
+    split = tables.load_sarcos(tmp_path)
+    assert [len(part.labels) for part in split[:3]] == [16, 4, 10]
+    targets = np.asarray(split.test.labels)
+    np.testing.assert_array_equal(targets.argsort(axis=0), rows[20:, 21:].argsort(axis=0))
+    savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": rows[:20, :27]})
+    with pytest.raises(ValueError, match="expected as many columns in both files"):
+        tables.load_sarcos(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [None, "."])
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [
+        (tables.load_sarcos, "sarcos_inv_test.mat"),
+        (partial(tables.load_arff, "rf1"), "rf1.arff"),
+        (partial(tables.load_arff, "water_quality"), "wq.arff"),
+    ],
+)
+def test_a_missing_regression_says_which_file_and_where(load, name, folder, tmp_path):
+    where = folder and tmp_path
+    with pytest.raises(FileNotFoundError, match=f"expected {name}.*--data-dir"):
+        load(where)
+
+
+def test_relative_error_is_that_of_the_mean_of_training():
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(50, 3))
+    outputs = np.stack([np.zeros((50, 3)), targets, 3 * targets])
+    np.testing.assert_allclose(
+        relative_error(outputs, targets), [[1] * 3, [0] * 3, [2] * 3], atol=1e-12
+    )
+
+
+def test_a_regression_is_trained_chosen_and_reported_by_its_error(tmp_path, capsys):
+    start = ["--smoke", "--out", str(tmp_path), "--datasets", "water_quality"]
+    tabular.study.main([*start, "--methods", "single_task", "linear_scalarization", "mgda"])
+    records = {r["method"]: r for r in records_in(tmp_path, "water_quality")}
+    for record in records.values():
+        assert np.shape(record["test_rrmse"]) == (2, 14)
+        assert np.isfinite(record["test_rrmse"]).all()
+        assert "test_auc" not in record
+    mgda = records["mgda"]
+    means = np.array(mgda["validation_means"])  # (checkpoints, rates): the least was taken
+    np.testing.assert_allclose(np.mean(mgda["validation_rrmse"]), means.min(), atol=1e-4)
+    text = capsys.readouterr().out
+    assert "RRMSE %" in text
+    assert (tmp_path / "tabular" / "water_quality.png").stat().st_size > 10_000
+    worse = {"test_rrmse": (2 * np.array(mgda["test_rrmse"])).tolist(), "setting": None}
+    assert (drops(worse, mgda) > 50).all()  # a larger error is a loss
+    assert mean_ranks({"a": mgda, "b": worse}) == {"a": 1.0, "b": 2.0}
+
+
 def test_the_download_asks_for_arguments_that_scikit_learn_has(monkeypatch):
     from inspect import signature
 
@@ -235,7 +346,7 @@ def test_area_under_curve_is_scikit_learns():
     labels = rng.integers(0, 2, (50, 3))
     scores = rng.normal(size=(4, 50, 3)).round(1)  # with ties
     expected = [[roc_auc_score(labels[:, i], s[:, i]) for i in range(3)] for s in scores]
-    np.testing.assert_allclose(tabular.area_under_curve(scores, labels), expected, rtol=1e-12)
+    np.testing.assert_allclose(area_under_curve(scores, labels), expected, rtol=1e-12)
 
 
 def test_mixture_of_experts_is_the_papers_formula():
@@ -276,7 +387,7 @@ def problem():
 
 def test_a_rule_moves_the_shared_parameters_and_tasks_move_their_own(problem):
     losses_fn, params, rows = problem
-    init, direction = make_direction(RULES["mgda"], 2, 5, ())
+    init, direction = make_direction(METHODS["mgda"], 2, 5, None)
     update, _ = direction(lambda p: losses_fn(p, rows), params, init(params), key=jax.random.key(0))
     jacobian = jax.jacrev(losses_fn)(params, rows)
     flat = np.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(jacobian["shared"])], 1)
@@ -292,7 +403,7 @@ def test_a_rule_moves_the_shared_parameters_and_tasks_move_their_own(problem):
 def test_a_setting_is_the_weights_of_one_backward_pass(problem):
     losses_fn, params, rows = problem
     weights = jnp.array([0.9, 0.1])
-    init, direction = make_direction(RULES["swept_scalarization"], 2, 5, (weights,))
+    init, direction = make_direction(METHODS["swept_scalarization"], 2, 5, weights)
     update, _ = jax.jit(
         lambda params, state: direction(lambda p: losses_fn(p, rows), params, state)
     )(params, init(params))
@@ -311,16 +422,16 @@ def test_cross_gramian_is_that_of_the_halves_of_the_next_batch(problem):
 
 
 def test_epochs_visit_rows_once_in_an_order_of_their_seed():
-    order = tabular.draw_order(jax.random.key(0), num_rows=23, steps=4, epochs=2)
+    order = draw_order(jax.random.key(0), num_examples=23, steps=4, epochs=2)
     assert order.shape == (8, 5)
     for epoch in np.asarray(order).reshape(2, 20):
         assert len(set(epoch.tolist())) == 20
-    assert (tabular.draw_order(jax.random.key(1), num_rows=23, steps=4, epochs=2) != order).any()
+    assert (draw_order(jax.random.key(1), num_examples=23, steps=4, epochs=2) != order).any()
 
 
-def test_swept_weights_are_distinct_and_favour_rare_labels():
-    for shares in (np.array([0.1, 0.4]), np.linspace(0.02, 0.5, 14)):
-        weights = swept_weights(shares)
+def test_swept_weights_are_distinct_and_favor_rare_labels():
+    shares = np.linspace(0.02, 0.5, 14)
+    for weights in (swept_weights(2), swept_weights(7), swept_weights(14, shares)):
         np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)
         assert (weights > 0).all()
         assert len(np.unique(weights, axis=0)) == len(weights)

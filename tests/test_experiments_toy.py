@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,11 @@ import pytest
 pytest.importorskip("flax", reason="the extra `experiments` is not installed")
 
 import jaxmtl
-from experiments import toy, toy_report
-from experiments._runs import VERDICTS
-from experiments.models import landscape
+from experiments.claims import VERDICTS
+from experiments.report import RESULTS
+from experiments.toy import __main__ as toy
+from experiments.toy import landscape
+from experiments.toy import report as toy_report
 
 pytestmark = pytest.mark.xdist_group("toy")
 STARTS = [(-8.5, 7.5), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0), (3.0, -6.0)]
@@ -47,7 +48,7 @@ def test_logarithms_have_a_floor(x64):
 
 def test_weighted_optima_are_those_of_two_nested_scans():
     alphas = np.array([0.0, 0.1, 0.5, 0.7, 1.0])
-    got = landscape.minimise_weighted(alphas)
+    got = landscape.minimize_weighted(alphas)
     # In the bowls the weighted sum is a product of shares: x1 does not depend on x2.
     np.testing.assert_allclose(got[:, 0], 14 * alphas - 7, atol=1e-3)
     depth = np.linspace(-12, 0, 1_200_001)
@@ -75,11 +76,11 @@ def test_no_point_of_a_dense_grid_dominates_the_front(x64):
 
 def test_printed_forms_have_another_front_or_none():
     alphas = np.array([0.1, 0.5])
-    published = landscape.minimise_weighted(alphas)
+    published = landscape.minimize_weighted(alphas)
     assert published[1, 1] == pytest.approx(-8.3551, abs=2e-4)  # their bar lies at -8.3552
-    bottomless = landscape.minimise_weighted(alphas, landscape.FORMS["MoCo, printed"])
+    bottomless = landscape.minimize_weighted(alphas, landscape.FORMS["MoCo, printed"])
     np.testing.assert_allclose(bottomless[:, 1], -12, atol=1e-3)  # the edge of the search
-    mirrored = landscape.minimise_weighted(alphas, landscape.FORMS["Aligned-MTL, printed"])
+    mirrored = landscape.minimize_weighted(alphas, landscape.FORMS["Aligned-MTL, printed"])
     np.testing.assert_allclose(mirrored, published * [-1, 1], atol=1e-3)
 
 
@@ -92,7 +93,7 @@ def test_distance_to_a_line():
 def test_a_run_is_adam_on_the_shorter_combination_of_two_gradients(x64):
     options = toy.Options(starts=((-4.0, -4.0), (-6.0, 1.0)), steps=4, points=2, seeds=1,
                           learning_rate=0.1, decay=0.5)  # fmt: skip
-    record = toy.run_method(options, toy.MOCO["smg"])
+    record = toy.run_entry(options, toy.MOCO["smg"])
     gradients = jax.jit(jax.jacobian(landscape.losses))
     for start, end in zip(options.starts, record["final"][0][0], strict=True):
         x, mean, square = np.array(start), np.zeros(2), np.zeros(2)
@@ -120,8 +121,8 @@ def test_closed_form_of_imtl_stops_at_the_front_where_the_pseudo_inverse_slides(
 
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
     arguments = ["--smoke", "--out", str(tmp_path), "--parts", "bias"]
-    toy.main(arguments)
-    path = tmp_path / "toy_bias.jsonl"
+    toy.study.main(arguments)
+    path = tmp_path / "toy" / "bias.jsonl"
     lines = path.read_text().splitlines()
     records = {record["method"]: record for record in map(json.loads, lines)}
     assert list(records) == ["smg", "smg_growing_batch", "moco"]
@@ -132,30 +133,30 @@ def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, 
     assert (bias[:, 0] != bias[:, 1]).any()  # seeds differ
     assert records["smg"]["samples"] == [1, 4, 7, 10]
 
-    toy.main([*arguments, "--resume"])
+    toy.study.main([*arguments, "--resume"])
     assert path.read_text().splitlines() == lines
     with pytest.raises(SystemExit, match="expected the options"):
-        toy.main([*arguments, "--resume", "--seeds", "3"])
+        toy.study.main([*arguments, "--resume", "--seeds", "3"])
 
-    figure = tmp_path / "toy_bias.png"
+    figure = tmp_path / "toy" / "bias.png"
     figure.unlink()
     capsys.readouterr()
-    toy.main(["--report-only", "--out", str(tmp_path)])
+    toy.study.main(["--report-only", "--out", str(tmp_path)])
     assert figure.stat().st_size > 10_000
     assert "smg_growing_batch" in capsys.readouterr().out
-    assert {claim.verdict for claim in toy.claims(tmp_path)} <= set(VERDICTS)
-    assert len(toy.claims(tmp_path)) == 2
+    assert {claim.verdict for claim in toy.claims(tmp_path / "toy")} <= set(VERDICTS)
+    assert len(toy.claims(tmp_path / "toy")) == 2
 
 
 def test_report_without_results_says_what_is_missing(tmp_path):
     with pytest.raises(SystemExit, match="expected results in"):
-        toy.main(["--report-only", "--out", str(tmp_path)])
+        toy.study.main(["--report-only", "--out", str(tmp_path)])
 
 
 def test_verdicts_follow_the_records():
-    optimum = landscape.minimise_weighted(np.array([0.5]))[0]
+    optimum = landscape.minimize_weighted(np.array([0.5]))[0]
     stuck = [5.0, 9.0]
-    starts = toy.PARTS["moco_1"].options.starts
+    starts = toy.PRESETS["moco_1"].options.starts
     config = {"starts": [list(start) for start in starts], "alphas": [0.5], "seeds": 2}
 
     def record(*ends):
@@ -175,8 +176,8 @@ def test_verdicts_follow_the_records():
 
 
 def test_every_claim_of_the_committed_results_has_a_verdict():
-    folder = Path(toy.__file__).parent / "results"
+    folder = RESULTS / "toy"
     claims = toy.claims(folder)
     assert len(claims) == 12
     assert {claim.verdict for claim in claims} <= set(VERDICTS)
-    assert all((folder / name).exists() for name in toy.FIGURES)
+    assert all((folder / name).exists() for name in toy.study.figures)

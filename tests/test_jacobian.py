@@ -169,7 +169,7 @@ def test_apply_updates_refuses_to_broadcast():
 
 
 def test_readme_loop_trains(x64):
-    """The first listing of the README, on a problem with a known answer."""
+    """The loop of the README, on a problem with a known answer."""
     targets = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     optimizer = optax.chain(jaxmtl.upgrad(), optax.sgd(0.2))
     params = jnp.array([3.0, 3.0])

@@ -26,6 +26,52 @@ def test_of_the_gramian(precision, scale):
     np.testing.assert_allclose(
         metrics.condition_number(gramian), singular[0] / singular[-1], rtol=10 * tolerance
     )
+    np.testing.assert_allclose(metrics.norm_ratio(gramian), norms.max() / norms.min(), rtol=1e-6)
+
+
+def test_condition_beyond_the_root_of_epsilon(precision):
+    """An eigenvalue below the machine epsilon is no rounding where it comes from a short row."""
+    ratio = 1e-6 if precision == "float32" else 1e-12
+    rows = np.array([[3.0, 4.0], [0.0, ratio]])
+    gramian = jnp.asarray(rows @ rows.T)
+    # Of a 2 x 2 matrix: |det| is the product of its singular values, and the larger is |g_1|.
+    expected = 5 / (3 * ratio / 5)
+    rtol = 1e-5 if precision == "float32" else 1e-11
+    np.testing.assert_allclose(metrics.condition_number(gramian), expected, rtol=rtol)
+    np.testing.assert_allclose(metrics.norm_ratio(gramian), 5 / ratio, rtol=rtol)
+
+
+def test_condition_of_dependent_gradients(precision):
+    rows = JACOBIAN[[0, 1, 0]]
+    gramian = jnp.asarray(rows @ rows.T)
+    singular = np.linalg.svd(rows, compute_uv=False)
+    assert metrics.condition_number(gramian) == np.inf
+    np.testing.assert_allclose(
+        metrics.condition_number(gramian, nonzero=True), singular[0] / singular[1], rtol=1e-5
+    )
+    with_zero = jnp.asarray(np.diag([4.0, 0.0, 9.0]))
+    assert metrics.condition_number(with_zero) == np.inf
+    np.testing.assert_allclose(metrics.condition_number(with_zero, nonzero=True), 1.5, rtol=1e-6)
+    assert metrics.norm_ratio(with_zero) == np.inf
+
+
+def test_balanced_rows(precision):
+    tolerance = 1e-5 if precision == "float32" else 1e-12
+    gramian = jnp.asarray(GRAMIAN, float)
+    weights = jnp.array([0.5, 2.0, 0.0])
+    rows = np.asarray(weights)[:, None] * JACOBIAN
+    np.testing.assert_allclose(
+        metrics.balanced_gramian(gramian, weights), rows @ rows.T, rtol=tolerance, atol=tolerance
+    )
+    coefficients = metrics.aligned_coefficients(gramian)
+    left, singular, right = np.linalg.svd(JACOBIAN, full_matrices=False)
+    aligned = singular[-1] * left @ right  # Senushkin et al. 2023, eq. 5
+    np.testing.assert_allclose(np.asarray(coefficients) @ JACOBIAN, aligned, atol=30 * tolerance)
+    system = metrics.balanced_gramian(gramian, coefficients)
+    np.testing.assert_allclose(system, singular[-1] ** 2 * np.eye(3), atol=30 * tolerance)
+    np.testing.assert_allclose(metrics.condition_number(system), 1, rtol=30 * tolerance)
+    with pytest.raises(ValueError, match="coefficients"):
+        metrics.balanced_gramian(gramian, jnp.ones(2))
 
 
 def test_pareto_stationarity(precision):
@@ -44,6 +90,9 @@ def test_edges():
     np.testing.assert_array_equal(metrics.cosine_similarities(zero), np.eye(2))
     np.testing.assert_array_equal(metrics.gradient_magnitude_similarity(zero), np.ones((2, 2)))
     assert metrics.condition_number(zero) == np.inf
+    assert metrics.condition_number(zero, nonzero=True) == 1
+    assert metrics.norm_ratio(zero) == 1
+    np.testing.assert_array_equal(metrics.aligned_coefficients(zero), zero)
     assert metrics.condition_number(jnp.ones((2, 2))) == np.inf
     assert metrics.pareto_stationarity(zero) == 0
     assert metrics.conflict_rate(jnp.ones((1, 1))) == 0
@@ -53,7 +102,12 @@ def test_absent_tasks_are_left_out():
     mask = jnp.array([True, False, True])
     gramian = GRAMIAN.at[1].set(jnp.nan).at[:, 1].set(jnp.nan)
     two = GRAMIAN[jnp.ix_(jnp.array([0, 2]), jnp.array([0, 2]))]
-    for metric in (metrics.conflict_rate, metrics.condition_number, metrics.pareto_stationarity):
+    for metric in (
+        metrics.conflict_rate,
+        metrics.condition_number,
+        metrics.norm_ratio,
+        metrics.pareto_stationarity,
+    ):
         np.testing.assert_allclose(metric(gramian, mask), metric(two), rtol=1e-5)
 
 

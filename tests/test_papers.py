@@ -292,9 +292,13 @@ def test_preference(name):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: jaxmtl.cagrad(1.0), "c in"),
         (lambda: jaxmtl.cagrad(-0.1), "c in"),
         (lambda: jaxmtl.cagrad(0.5, rescale="2"), "rescale"),
+        (lambda: jaxmtl.upgrad(ridge=-1.0), "ridge"),
+        (lambda: jaxmtl.dual_proj(ridge=1e-4, ridge_of="norm"), "ridge_of"),
+        (lambda: jaxmtl.mgda(rho=-1.0), "rho"),
+        (lambda: jaxmtl.gradvac(num_tasks=2, parts="row"), "parts"),
+        (lambda: jaxmtl.gradnorm(num_tasks=2, weights="sigmoid"), "weights"),
         (lambda: jaxmtl.gradvac(2.0, num_tasks=2), "beta"),
         (lambda: jaxmtl.gradvac(), "num_tasks"),
         (lambda: jaxmtl.fairgrad(-1.0), "alpha"),

@@ -306,11 +306,10 @@ def test_the_example_runs_as_a_program(capsys):
     assert "loss scale 2^24 -> 2^" in capsys.readouterr().out
 
 
-def test_the_listing_of_the_readme():
+def test_the_listing_of_the_guide():
     """It halves the scale until the rows fit and then learns, from float32 parameters."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    section = readme.split("## Mixed precision\n")[1].split("\n## ")[0]
-    code = section.split("```python\n")[1].split("```")[0]
+    page = (Path(__file__).parents[1] / "notebooks" / "guide" / "precision.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
 
     def losses_fn(params, batch):
         return jnp.mean((params - batch.astype(params.dtype)) ** 2, axis=1)

@@ -4,87 +4,45 @@
     python -m experiments.benchmarks.gramian --batch 32 128 256 --models mlp mnist
 
 Every method makes the same step from the same batch: losses, the Gramian of their gradients,
-UPGrad's weights, the weighted gradient, `params - lr * gradient`. The methods are interleaved in
+UPGrad's weights, the weighted gradient, ``params - lr * gradient``. The methods are interleaved in
 one run, so that a busy machine disturbs all alike; the table shows the median time, its ratio to
 the gradient step (SGD on the mean loss), compiled operations and temporary bytes. Operations count
 the body of a loop once (the LSTM's time steps, UPGrad's solver). TorchJD is measured where it is
-installed (`torch==2.13.0 torchjd==0.18.0`), on the models that have a PyTorch twin here.
+installed (``torch==2.13.0 torchjd==0.18.0``), on the models that have a PyTorch twin here.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
 import itertools
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxmtl
 from experiments.benchmarks.models import MODELS, Model
-from jaxmtl.engine import value_and_grad
+from experiments.iwrm.networks import ARCHITECTURES
+from experiments.study import append_records
+from experiments.timing import Program, compiled, descend, interleaved
+from experiments.timing import make_step as rule_step
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the benchmark.
-
-    Attributes:
-      models: names of models.
-      batch: batch sizes, which are the numbers of objectives.
-      methods: names of methods.
-      repeats: at most so many timed steps of each method.
-      seconds: a method stops after so long in timed steps, but not before the second.
-      learning_rate: of the step.
-      out: JSON lines are appended here, if given.
-    """
+    """Options of the benchmark."""
 
     models: tuple[str, ...] = tuple(MODELS)
-    batch: tuple[int, ...] = (32,)
+    batch: tuple[int, ...] = (32,)  # sizes, which are the numbers of objectives
     methods: tuple[str, ...] = ("sgd", "vmap(grad)", "jacrev", "jaxmtl", "autogram", "autojac")
-    repeats: int = 30
-    seconds: float = 5.0
+    repeats: int = 30  # at most so many timed steps of each method
+    seconds: float = 5.0  # a method stops after so long in timed steps
     learning_rate: float = 0.01
-    out: Path | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One method on one model, ready to run.
-
-    Attributes:
-      run: makes one step and waits for it.
-      flops: compiled operations, None where unknown.
-      bytes: temporary memory, None where unknown.
-    """
-
-    run: Callable[[], None]
-    flops: float | None = None
-    bytes: int | None = None
-
-
-def _descend(params: PyTree, grads: PyTree, learning_rate: float) -> PyTree:
-    return jax.tree.map(lambda p, g: p - learning_rate * g, params, grads)
-
-
-def _sgd(model: Model, lr: float) -> Callable[..., Any]:
-    def step(params: PyTree, x: jax.Array, y: jax.Array) -> Any:
-        def mean_loss(params: PyTree) -> jax.Array:
-            return jnp.mean(jax.vmap(model.loss, (None, 0, 0))(params, x, y))
-
-        loss, grads = jax.value_and_grad(mean_loss)(params)
-        return _descend(params, grads, lr), loss
-
-    return step
+    out: Path | None = None  # JSON lines are appended here
 
 
 def _explicit(model: Model, lr: float, forward: bool) -> Callable[..., Any]:
@@ -104,34 +62,13 @@ def _explicit(model: Model, lr: float, forward: bool) -> Callable[..., Any]:
         weights, _ = aggregator.weighting.update(
             jaxmtl.gramian(jacobian), aggregator.weighting.init(), losses=losses
         )
-        return _descend(params, jaxmtl.combine(jacobian, weights), lr), losses
+        return descend(params, jaxmtl.combine(jacobian, weights), lr), losses
 
     return step
-
-
-def _structured(model: Model, lr: float) -> Callable[..., Any]:
-    aggregator = jaxmtl.upgrad()
-    fun = value_and_grad(model.loss, aggregator, in_axes=(None, 0, 0))
-
-    def step(params: PyTree, x: jax.Array, y: jax.Array) -> Any:
-        (losses, _), grads = fun(params, aggregator.init(params), x, y)
-        return _descend(params, grads, lr), losses
-
-    return step
-
-
-def _compiled(step: Callable[..., Any], *args: Any) -> Step:
-    executable = jax.jit(step).lower(*args).compile()
-    cost, memory = executable.cost_analysis(), executable.memory_analysis()
-    return Step(
-        lambda: jax.block_until_ready(executable(*args)),
-        cost.get("flops") if cost else None,
-        memory.temp_size_in_bytes if memory else None,
-    )
 
 
 def _torch_network(name: str) -> Any:
-    """Return the PyTorch twin of a benchmark model, or None."""
+    """Returns the PyTorch twin of a benchmark model, or None."""
     from torch import nn
 
     if name == "mlp":
@@ -140,25 +77,21 @@ def _torch_network(name: str) -> Any:
         for a, b in itertools.pairwise(sizes):
             layers += [nn.Linear(a, b), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
-    shapes = {
-        "svhn": (3, 16, 32, 32, True, 512, 64, (1, 2, 3)),
-        "cifar10": (3, 32, 64, 64, True, 1024, 128, (1, 2, 3)),
-        "eurosat": (3, 32, 64, 64, True, 1024, 128, (2, 2, 3)),
-        "mnist": (1, 32, 64, 64, False, 576, 128, (1, 2, 3)),
-    }
-    if name not in shapes:
+    if name not in ARCHITECTURES:
         return None
-    inputs, *widths, grouped, flat, hidden, pools = shapes[name]
+    network = ARCHITECTURES[name]
+    pairs = itertools.pairwise((network.shape[-1], *network.channels))
     layers = []
-    for i, (a, b, pool) in enumerate(zip((inputs, *widths), widths, pools, strict=False)):
-        layers.append(nn.Conv2d(a, b, 3, groups=a if grouped and i else 1))
+    for i, ((a, b), pool) in enumerate(zip(pairs, network.pools, strict=True)):
+        layers.append(nn.Conv2d(a, b, 3, groups=a if network.grouped and i else 1))
         layers += [nn.MaxPool2d(pool)] * (pool > 1) + [nn.ELU()]
-    layers += [nn.Flatten(), nn.Linear(flat, hidden), nn.ELU(), nn.Linear(hidden, 10)]
+    layers += [nn.Flatten(), nn.Linear(network.flat(), network.hidden)]
+    layers += [nn.ELU(), nn.Linear(network.hidden, 10)]
     return nn.Sequential(*layers)
 
 
-def _torchjd(name: str, route: str, x: Any, y: Any, lr: float) -> Step | None:
-    """Return TorchJD's step: its Gramian engine ("autogram") or its Jacobian ("autojac")."""
+def _torchjd(name: str, route: str, x: Any, y: Any, lr: float) -> Program | None:
+    """Returns TorchJD's step: its Gramian engine ("autogram") or its Jacobian ("autojac")."""
     try:
         import torch
         from torchjd import autogram, autojac
@@ -190,48 +123,26 @@ def _torchjd(name: str, route: str, x: Any, y: Any, lr: float) -> Step | None:
             autojac.jac_to_grad(network.parameters(), aggregator)
         optimizer.step()
 
-    return Step(run)
+    return Program(run)
 
 
-def make_step(method: str, name: str, model: Model, batch: Any, lr: float) -> Step | None:
-    """Return one method on one model, or None where it cannot run."""
+def make_step(method: str, name: str, model: Model, batch: Any, lr: float) -> Program | None:
+    """Returns one method on one model, or None where it cannot run."""
     if method in ("autogram", "autojac"):
         x, y = batch
         return _torchjd(name, method, x, y, lr)
-    makers = {
-        "sgd": lambda: _sgd(model, lr),
-        "vmap(grad)": lambda: _explicit(model, lr, forward=True),
-        "jacrev": lambda: _explicit(model, lr, forward=False),
-        "jaxmtl": lambda: _structured(model, lr),
-    }
-    return _compiled(makers[method](), model.params, *batch)
-
-
-def measure(steps: dict[str, Step], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Time the methods in turn until each has `repeats` steps or has taken `seconds`.
-
-    Short steps are timed three at a time, after two that are not, so that no method pays for the
-    cold caches and returned pages that a larger one before it leaves behind.
-    """
-    times: dict[str, list[float]] = {method: [] for method in steps}
-    for step in steps.values():
-        step.run()
-    for _ in range(repeats):
-        for method, step in steps.items():
-            found = times[method]
-            if len(found) >= repeats or (sum(found) > seconds and len(found) >= 2):
-                continue
-            short = not found or found[-1] < 0.1
-            for i in range(5 if short else 1):
-                began = time.perf_counter()
-                step.run()
-                if i >= 2 or not short:
-                    found.append(time.perf_counter() - began)
-    return times
+    axes = (None, 0, 0)
+    if method in ("sgd", "jaxmtl"):
+        rule = jaxmtl.upgrad() if method == "jaxmtl" else None
+        state = rule.init(model.params) if rule else ()
+        step = rule_step(model.loss, rule, rate=lr, in_axes=axes)
+        return compiled(step, model.params, state, *batch)
+    step = _explicit(model, lr, forward=method == "vmap(grad)")
+    return compiled(step, model.params, *batch)
 
 
 def main() -> None:
-    """Run the benchmark and print one table per model and batch size."""
+    """Runs the benchmark and print one table per model and batch size."""
     defaults = Options()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,7 +168,8 @@ def main() -> None:
                 for method in options.methods
                 if (step := make_step(method, name, model, batch, options.learning_rate))
             }
-            times = measure(steps, options.repeats, options.seconds)
+            runs = {method: step.run for method, step in steps.items()}
+            times = interleaved(runs, options.repeats, options.seconds)
             for method, step in steps.items():
                 record = {
                     "model": name,
@@ -274,8 +186,7 @@ def main() -> None:
                 }
                 _print(record, times)
                 if options.out is not None:
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                    append_records(options.out, [record])
 
 
 def _print(record: dict[str, Any], times: dict[str, list[float]]) -> None:

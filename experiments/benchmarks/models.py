@@ -1,13 +1,12 @@
 """Models of the Gramian benchmark, as losses of one example.
 
-The convolutional networks are those of `experiments.models.iwrm_networks`, whose depthwise
+The convolutional networks are those of ``experiments.iwrm.networks``, whose depthwise
 convolutions are sums of shifted products.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,28 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.models.iwrm_networks import ARCHITECTURES, logits
+from experiments.iwrm.networks import ARCHITECTURES, logits
 
-Array = Any
+Array = jax.Array
 PyTree = Any
 
 
 class Model(NamedTuple):
-    """A benchmark model.
+    """A benchmark model."""
 
-    Attributes:
-      loss: `(params, x, y) -> ()` for one example.
-      params: pytree of float32 arrays.
-      batch: `n -> (x, y)`, inputs and targets with a leading axis n.
-    """
-
-    loss: Callable[[PyTree, Array, Array], Array]
-    params: PyTree
-    batch: Callable[[int], tuple[Array, Array]]
+    loss: Callable[[PyTree, Array, Array], Array]  # of one example: (params, x, y) -> ()
+    params: PyTree  # of float32 arrays
+    batch: Callable[[int], tuple[Array, Array]]  # n -> inputs and targets with a leading axis n
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> Array:
-    """Return weights of variance 1 / fan-in; the last axis is the output."""
+    """Returns weights of variance 1 / fan-in; the last axis is the output."""
     fan_in = max(int(np.prod(shape[:-1])), 1)
     return jnp.asarray(rng.normal(size=shape) / np.sqrt(fan_in), jnp.float32)
 
@@ -62,7 +55,7 @@ def _classification(rng: np.random.Generator, *shape: int) -> Callable[[int], tu
 
 
 def mlp() -> Model:
-    """Return the MLP 784-512-512-512-10."""
+    """Returns the MLP 784-512-512-512-10."""
     rng = np.random.default_rng(0)
     sizes = (784, 512, 512, 512, 10)
     params = [_dense(rng, a, b) for a, b in itertools.pairwise(sizes)]
@@ -76,14 +69,14 @@ def mlp() -> Model:
 
 
 def _conv(x: Array, layer: dict[str, Array]) -> Array:
-    """Convolve `(height, width, channels)` with a 3 x 3 kernel, without padding."""
+    """Convolves ``(height, width, channels)`` with a 3 x 3 kernel, without padding."""
     numbers = ("NHWC", "HWIO", "NHWC")
     out = lax.conv_general_dilated(x[None], layer["w"], (1, 1), "VALID", dimension_numbers=numbers)
     return out[0] + layer["b"]
 
 
 def _cnn(name: str) -> Model:
-    """Return a network of the Jacobian-descent paper, with XLA's own dense convolutions."""
+    """Returns a network of the Jacobian-descent paper, with XLA's own dense convolutions."""
     rng = np.random.default_rng(0)
     architecture = ARCHITECTURES[name]
     kernels = []
@@ -103,28 +96,8 @@ def _cnn(name: str) -> Model:
     return Model(loss, params, _classification(rng, *architecture.shape))
 
 
-def svhn() -> Model:
-    """Return the network of table 2."""
-    return _cnn("svhn")
-
-
-def cifar10() -> Model:
-    """Return the network of table 3."""
-    return _cnn("cifar10")
-
-
-def eurosat() -> Model:
-    """Return the network of table 4."""
-    return _cnn("eurosat")
-
-
-def mnist() -> Model:
-    """Return the network of table 5."""
-    return _cnn("mnist")
-
-
 def transformer() -> Model:
-    """Return a language model of two blocks, width 64, 4 heads, 16 tokens of 256, tied output."""
+    """Returns a language model of two blocks, width 64, 4 heads, 16 tokens of 256, tied output."""
     rng = np.random.default_rng(0)
     width, heads, length, vocabulary = 64, 4, 16, 256
 
@@ -171,7 +144,7 @@ def transformer() -> Model:
 
 
 def lstm() -> Model:
-    """Return an LSTM of 64 units over 28 steps of 28 inputs."""
+    """Returns an LSTM of 64 units over 28 steps of 28 inputs."""
     rng = np.random.default_rng(0)
     units = 64
     params = {
@@ -195,7 +168,7 @@ def lstm() -> Model:
 
 
 def autoencoder() -> Model:
-    """Return an autoencoder 784-256-32 whose decoder has the transposed weights."""
+    """Returns an autoencoder 784-256-32 whose decoder has the transposed weights."""
     rng = np.random.default_rng(0)
     params = {
         "first": _dense(rng, 784, 256),
@@ -214,10 +187,7 @@ def autoencoder() -> Model:
 
 MODELS: dict[str, Callable[[], Model]] = {
     "mlp": mlp,
-    "svhn": svhn,
-    "cifar10": cifar10,
-    "eurosat": eurosat,
-    "mnist": mnist,
+    **{name: partial(_cnn, name) for name in ARCHITECTURES},
     "transformer": transformer,
     "lstm": lstm,
     "autoencoder": autoencoder,

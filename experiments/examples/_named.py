@@ -2,7 +2,7 @@
 
 The order of the tasks is written down once, as a tuple of names. To stack the
 values of a dictionary would not do: while tracing it keeps the order in which it was filled, and
-`jit` returns it sorted.
+``jit`` returns it sorted.
 """
 
 from collections.abc import Mapping, Sequence

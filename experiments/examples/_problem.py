@@ -100,7 +100,7 @@ def make_optimizer(num_steps: int) -> optax.GradientTransformationExtraArgs:
     """Returns CAGrad with a scheduled radius on the trunk and plain sums on the heads, then Adam.
 
     A head has one task, so that the sum of its rows is its gradient. ``num_tasks`` shapes the
-    state and stays out of what `inject_hyperparams` turns into arrays.
+    state and stays out of what ``inject_hyperparams`` turns into arrays.
     """
     cagrad = optax.inject_hyperparams(jaxmtl.cagrad, static_args=("num_tasks",))
     return optax.chain(

@@ -8,7 +8,7 @@ bit that of 40 steps at once, whichever rule is chosen. With ``XLA_FLAGS=
 --xla_force_host_platform_device_count=8`` before one of them, the batch and the first layer are
 split over 8 devices there, and results agree to rounding.
 
-What has to be saved is the whole of `Run`: parameters, the optimizer's state, the rule's state in
+What has to be saved is the whole of ``Run``: parameters, the optimizer's state, the rule's state in
 it, and the position in the data, from which batches are drawn (a stateless pipeline; an iterator's
 own state would go beside it). Orbax needs the shapes and shardings of what it restores: those of a
 fresh run.
@@ -55,14 +55,14 @@ class Run(NamedTuple):
 
 
 def make_data() -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs (examples, features) and targets (examples, m)."""
+    """Returns inputs (examples, features) and targets (examples, m)."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((EXAMPLES, FEATURES), np.float32)
     return x, np.tanh(x @ rng.standard_normal((FEATURES, TASKS), np.float32))
 
 
 def batch_at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return batch number ``position`` of an endless random stream: inputs and targets."""
+    """Returns batch number ``position`` of an endless random stream: inputs and targets."""
     key = jax.random.fold_in(jax.random.key(0), position)
     chosen = jax.random.randint(key, (BATCH,), 0, EXAMPLES)
     x, y = map(jnp.asarray, make_data())
@@ -70,20 +70,20 @@ def batch_at(position: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def losses_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Return the mean squared error of every task, (m,)."""
+    """Returns the mean squared error of every task, (m,)."""
     x, y = batch
     hidden = jnp.tanh(x @ params["trunk"])
     return jnp.mean((hidden @ params["heads"] - y) ** 2, axis=0)
 
 
 def chain(rule: str) -> optax.GradientTransformationExtraArgs:
-    """Return the whole optimizer, whose schedule counts steps in its state too."""
+    """Returns the whole optimizer, whose schedule counts steps in its state too."""
     schedule = optax.cosine_decay_schedule(0.05, 100)
     return optax.chain(RULES[rule](), optax.adam(schedule))
 
 
 def start(rule: str) -> Run:
-    """Return the run before its first step."""
+    """Returns the run before its first step."""
     first, second = jax.random.split(jax.random.key(1))
     params = {
         "trunk": jax.random.normal(first, (FEATURES, HIDDEN)) / FEATURES**0.5,
@@ -93,7 +93,7 @@ def start(rule: str) -> Run:
 
 
 def step(rule: str, mesh: Mesh, run: Run) -> tuple[Run, jax.Array]:
-    """Take one step on the batch at the run's position; return its losses (m,)."""
+    """Takes one step on the batch at the run's position; returns its losses (m,)."""
     split = NamedSharding(mesh, PartitionSpec("data"))
     batch = jax.lax.with_sharding_constraint(batch_at(run.position), split)
     losses, jacobian = jaxmtl.value_and_jacobian(losses_fn)(run.params, batch)
@@ -107,7 +107,7 @@ def step(rule: str, mesh: Mesh, run: Run) -> tuple[Run, jax.Array]:
 
 @cache
 def steps_until(rule: str, mesh: Mesh) -> Callable[[Run, int], tuple[Run, jax.Array]]:
-    """Return the loop up to a position, compiled once for every stretch of a run."""
+    """Returns the loop up to a position, compiled once for every stretch of a run."""
 
     def loop(run: Run, end: int) -> tuple[Run, jax.Array]:
         return jax.lax.while_loop(
@@ -120,12 +120,12 @@ def steps_until(rule: str, mesh: Mesh) -> Callable[[Run, int], tuple[Run, jax.Ar
 
 
 def mesh_of_all() -> Mesh:
-    """Return the mesh of all devices, along the data."""
+    """Returns the mesh of all devices, along the data."""
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
 def shardings(run: Run, mesh: Mesh) -> Run:
-    """Return how to place every leaf: axes of the input features are split, others are not."""
+    """Returns how to place every leaf: axes of the input features are split, others are not."""
 
     def leaf(x: Any) -> NamedSharding:
         axes = ["data" if size == FEATURES else None for size in x.shape]
@@ -136,7 +136,7 @@ def shardings(run: Run, mesh: Mesh) -> Run:
 
 
 def train(rule: str, folder: Path, num_steps: int) -> tuple[Run, int]:
-    """Go on to step ``num_steps`` from the last checkpoint in ``folder``, if any; save the end.
+    """Goes on to step ``num_steps`` from the last checkpoint in ``folder``, if any; saves the end.
 
     Returns:
       The run at its end and the step from which it went on.
@@ -165,7 +165,7 @@ def train(rule: str, folder: Path, num_steps: int) -> tuple[Run, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train to a step, from where the folder's last checkpoint stands."""
+    """Trains to a step, from where the folder's last checkpoint stands."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--rule", choices=sorted(RULES), default="famo")

@@ -2,8 +2,8 @@
 
     python -m experiments.examples.equinox_modules
 
-`eqx.partition` gives the arrays, with respect to which rows are taken, and `eqx.combine` the
-network again. Otherwise as `experiments.examples.plain_pytrees`.
+``eqx.partition`` gives the arrays, with respect to which rows are taken, and ``eqx.combine`` the
+network again. Otherwise as ``experiments.examples.plain_pytrees``.
 """
 
 from typing import Any
@@ -55,7 +55,7 @@ def make_network(params: Params) -> Network:
 
 
 def train(params: Params, batches: Batch) -> Log:
-    """Takes one step for each batch; safe under `jit` and `vmap`."""
+    """Takes one step for each batch; safe under ``jit`` and ``vmap``."""
     arrays, static = eqx.partition(make_network(params), eqx.is_inexact_array)
     optimizer = problem.make_optimizer(len(batches.digit))
 

@@ -1,9 +1,9 @@
-"""Three tasks on digits with Flax Linen and `jaxmtl.flax.TrainState`.
+"""Three tasks on digits with Flax Linen and ``jaxmtl.flax.TrainState``.
 
     python -m experiments.examples.flax_linen
 
 The train state carries the optimizer; ``apply_gradients`` takes the Jacobian and hands ``losses``
-on to the aggregator. Otherwise as `experiments.examples.plain_pytrees`.
+on to the aggregator. Otherwise as ``experiments.examples.plain_pytrees``.
 """
 
 import flax.linen as nn
@@ -37,14 +37,14 @@ class Network(nn.Module):
 
 
 def make_state(params: Params, num_steps: int) -> TrainState:
-    """Returns the state before the first step; `problem.initial_params` has Linen's own names."""
+    """Returns the state before the first step; ``problem.initial_params`` has Linen's own names."""
     optimizer = problem.make_optimizer(num_steps)
     state: TrainState = TrainState.create(apply_fn=Network().apply, params=params, tx=optimizer)
     return state
 
 
 def train(params: Params, batches: Batch) -> Log:
-    """Takes one step for each batch; safe under `jit` and `vmap`."""
+    """Takes one step for each batch; safe under ``jit`` and ``vmap``."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Log]:
         def losses_fn(params: Params) -> jax.Array:

@@ -1,10 +1,10 @@
-"""Three tasks on digits with Flax NNX and `nnx.Optimizer`.
+"""Three tasks on digits with Flax NNX and ``nnx.Optimizer``.
 
     python -m experiments.examples.flax_nnx
 
-`nnx.split` gives the parameters, with respect to which rows are taken; ``optimizer.update`` takes
-the Jacobian in place of gradients and hands ``losses`` on. Model and optimizer pass through `scan`
-and `vmap` as their state. Otherwise as `experiments.examples.plain_pytrees`.
+``nnx.split`` gives the parameters, with respect to which rows are taken; ``optimizer.update`` takes
+the Jacobian in place of gradients and hands ``losses`` on. Model and optimizer pass through
+``scan`` and ``vmap`` as their state. Otherwise as ``experiments.examples.plain_pytrees``.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def make_network(params: Params) -> Network:
 
 
 def step(network: Network, optimizer: nnx.Optimizer[Network], batch: Batch) -> Log:
-    """Takes one step in place; under `nnx.jit` in a plain loop."""
+    """Takes one step in place; under ``nnx.jit`` in a plain loop."""
     graph, params = nnx.split(network, nnx.Param)
 
     def losses_fn(params: nnx.State[Any, Any]) -> jax.Array:
@@ -61,7 +61,7 @@ def step(network: Network, optimizer: nnx.Optimizer[Network], batch: Batch) -> L
 
 
 def train(params: Params, batches: Batch) -> Log:
-    """Takes one step for each batch; safe under `jit` and `vmap`."""
+    """Takes one step for each batch; safe under ``jit`` and ``vmap``."""
     network = make_network(params)
     optimizer = nnx.Optimizer(network, problem.make_optimizer(len(batches.digit)), wrt=nnx.Param)
     graph, state = nnx.split((network, optimizer))

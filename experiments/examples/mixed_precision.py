@@ -4,10 +4,10 @@
 
 The network computes in float16; its parameters, the optimizer and everything in jaxmtl stay in
 float32. Losses are multiplied by a power of two, so that small gradients do not vanish in float16,
-and the update is divided by it: weights of scale-free rules do not see it (`upgrad` here; for a
+and the update is divided by it: weights of scale-free rules do not see it (``upgrad`` here; for a
 rule that is not, divide the Jacobian instead). Where the scaled rows overflow they are infinite:
 the aggregator then skips the step and counts it in ``mtl_skipped``, and the scale is halved; after
-`PATIENCE` steps without overflow it is doubled. ``dynamic=False`` keeps the scale, as for
+``PATIENCE`` steps without overflow it is doubled. ``dynamic=False`` keeps the scale, as for
 ``dtype=jnp.bfloat16``, whose range is that of float32 and which needs none.
 """
 
@@ -44,7 +44,7 @@ def start_scale(log2: int) -> LossScale:
 
 
 def follow(scale: LossScale, overflow: jax.Array) -> LossScale:
-    """Halves the scale after an overflow; doubles it after `PATIENCE` steps without one."""
+    """Halves the scale after an overflow; doubles it after ``PATIENCE`` steps without one."""
     good = jnp.where(overflow, 0, scale.good_steps + 1)
     grown = jnp.where(good == PATIENCE, 2.0, 1.0)
     factor = jnp.where(overflow, 0.5, grown)
@@ -91,7 +91,7 @@ def train(
     dtype: Any = jnp.float16,
     dynamic: bool = True,
 ) -> Log:
-    """Takes `STEPS` steps in one `scan`."""
+    """Takes ``STEPS`` steps in one ``scan``."""
     aggregator, adam = jaxmtl.upgrad(num_tasks=TASKS), optax.adam(1e-2)
     params = initial_params()
 

@@ -2,10 +2,11 @@
 
     python -m experiments.examples.plain_pytrees
 
-Two hundred steps in one `scan`, three seeds in one `vmap` (`_problem.train_seeds`): losses by name
-in, weights by name out, the heads partitioned from the trunk, CAGrad's radius on a schedule.
-`train` holds the Jacobian; `train_without_jacobian` is the same run by `jaxmtl.value_and_grad`,
-where ``shared=`` stands for the partition, and the schedule is called with the step.
+Two hundred steps in one ``scan``, three seeds in one ``vmap`` (``_problem.train_seeds``): losses by
+name in, weights by name out, the heads partitioned from the trunk, CAGrad's radius on a schedule.
+``train`` holds the Jacobian; ``train_without_jacobian`` is the same run by
+``jaxmtl.value_and_grad``, where ``shared=`` stands for the partition, and the schedule is called
+with the step.
 """
 
 from typing import Any
@@ -33,7 +34,7 @@ def losses_fn(params: Params, batch: Batch) -> jax.Array:
 
 
 def train(params: Params, batches: Batch) -> Log:
-    """Takes one step for each batch; safe under `jit` and `vmap`."""
+    """Takes one step for each batch; safe under ``jit`` and ``vmap``."""
     optimizer = problem.make_optimizer(len(batches.digit))
 
     def step(carry: tuple[Params, Any], batch: Batch) -> tuple[tuple[Params, Any], Log]:
@@ -48,7 +49,7 @@ def train(params: Params, batches: Batch) -> Log:
 
 
 def train_without_jacobian(params: Params, batches: Batch) -> Log:
-    """Does what `train` does with no more than one gradient at a time."""
+    """Does what ``train`` does with no more than one gradient at a time."""
     num_steps = len(batches.digit)
     adam = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
     c = problem.radius(num_steps)

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base, linalg
+from jaxmtl import base, checks, keywords, linalg
 from jaxmtl.engine import routes
 from jaxmtl.engine.route import Options
+from jaxmtl.separate import Losses
 from jaxmtl.types import Aggregator, PyTree
 
 
 def value_and_gramian(
-    losses_fn: Callable[..., Any],
+    losses_fn: Losses,
     *,
     in_axes: Any = None,
     encoder: Callable[..., Any] | None = None,
@@ -28,33 +29,43 @@ def value_and_gramian(
     backward pass gives the Gramian: each layer adds the inner products of its inputs times those of
     its output cotangents, and where that is dearer, or no such rule is known, the gradients of the
     examples with respect to this parameter alone (`explain` tells which). Without, m tasks over one
-    batch, gradients are pulled back and pushed forward again ``chunk_size`` at a time.
+    batch, gradients are pulled back and pushed forward again ``chunk_size`` at a time. For separate
+    data, one function and one batch per task, each loss costs one forward and one backward pass;
+    rows of parameters that it does not depend on are not formed.
 
     Args:
       losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)``; with ``in_axes``, the loss of one
         example, ``losses_fn(params, *example, **kwargs) -> ()``, or its losses of any shape, those
         of the first example first; with ``encoder``, ``losses_fn(params, z, *args, **kwargs) ->
-        (m,)``.
+        (m,)``. A dict of scalars in place of ``(m,)`` names the tasks; they are in the sorted order
+        of the names. A dict or tuple of functions ``loss(params, batch, **kwargs) -> ()`` is one
+        per task, called with one dict or tuple of batches; see `jaxmtl.value_and_jacobian`.
       in_axes: Which axes of ``(params, *args)`` run over examples, as in `jax.vmap`; keywords are
         never mapped. In the entry for params, None (or a tree with None) stands for what examples
-        share, 0 for leaves ``(B, *s)`` of which each example has a slice: a head per task.
+        share, 0 for leaves ``(B, *s)`` of which each example has a slice: a head per task. Separate
+        batches of equal shape, stacked, are such examples.
       encoder: ``encoder(params, *args) -> z``. The Gramian is then that of the gradients with
         respect to z, one pass through the encoder whatever m is.
       shared: A pytree prefix of booleans, or a function of a leaf's path: parameters marked False
         stay out of the Gramian, and the pullback gives them ``J^T h`` in place of ``J^T w``.
-      has_aux: Whether ``losses_fn`` returns ``(losses, aux)``.
-      chunk_size: How many gradients exist at a time, without ``in_axes``; one if None.
+      has_aux: Whether ``losses_fn`` returns ``(losses, aux)``; see `jaxmtl.value_and_jacobian`.
+      chunk_size: How many gradients exist at a time, without ``in_axes``; one if None. For separate
+        data all m if None; else ``chunk_size = c`` of them are kept at a time, beside the one that
+        they are compared with, at the price of up to ``m (m / c + 1) / 2`` backward passes for the
+        Gramian and m for the weighted sum, as `explain` tells.
 
     Returns:
       A function ``(params, *args, **kwargs) -> (losses, gramian, pullback)``, or ``((losses, aux),
-      gramian, pullback)``. ``losses`` has shape ``(m,)``; ``gramian`` has shape ``(m, m)`` in the
+      gramian, pullback)``. ``losses`` has shape ``(m,)``, or is a dict if they have names (with
+      ``in_axes``, of arrays over examples); ``gramian`` has shape ``(m, m)`` in the
       widest dtype of the parameters, at least float32; ``pullback(weights, head_weights=None)`` is
       a `jax.tree_util.Partial` that returns a pytree like params. ``head_weights`` (h above) are
       ones if None. With ``in_axes``, aux is stacked over examples.
 
     Raises:
-      ValueError: The losses have the wrong shape, ``in_axes`` or batch sizes do not match,
-        parameters are not of floating point, or keywords exclude each other.
+      ValueError: The losses have the wrong shape, ``in_axes``, keys or batch sizes do not match,
+        parameters are not of floating point, options exclude each other, or no loss takes a
+        keyword.
 
     **Reference**: P. Quinton, V. Rey, Jacobian Descent for Multi-Objective Optimization, 2024,
     section 6 and algorithm 3.
@@ -79,15 +90,16 @@ def value_and_gramian(
     def evaluate(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, jax.Array, jax.tree_util.Partial]:
+        keywords.check(options.takes(len(args)), kwargs)
         found = routes.evaluate(options, params, args, kwargs=kwargs)
-        losses = (found.losses, found.aux) if has_aux else found.losses
-        return losses, found.gramian(), found.pullback
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
+        return value, found.gramian(), found.pullback
 
     return evaluate
 
 
 def value_and_grad(
-    losses_fn: Callable[..., Any],
+    losses_fn: Losses,
     aggregator: Aggregator,
     *,
     in_axes: Any = None,
@@ -104,9 +116,12 @@ def value_and_grad(
 
     Args:
       losses_fn: See `value_and_gramian`.
-      aggregator: A `jaxmtl.Aggregator` that has a weighting.
+      aggregator: A `jaxmtl.Aggregator` that has a weighting; with ``encoder`` a coordinate rule
+        too. That acts on the m gradients at z, in the place of parameters: its state comes from
+        ``aggregator.init(z)``, its update goes back through the encoder, and what reaches the
+        parameters past z is summed over the tasks.
       in_axes: See `value_and_gramian`.
-      encoder: See `value_and_gramian`; z is passed to the weighting as ``features``.
+      encoder: See `value_and_gramian`; z is passed to the rule as ``features``.
       shared: See `value_and_gramian`. The other parameters get ``J^T h``, with h ones for rules
         that read the Gramian, the weights themselves for those that do not, and
         ``aggregator.weighting.head_weights(state, task_mask=None)`` where there is such a function.
@@ -115,11 +130,15 @@ def value_and_grad(
 
     Returns:
       A function ``(params, state, *args, **extra) -> ((losses, state), grads)``, or ``(((losses,
-      aux), state), grads)``, with grads like params. Positional arguments go to ``losses_fn``,
-      keywords to the weighting.
+      aux), state), grads)``, with grads like params. Positional arguments go to ``losses_fn``.
+      Keywords go to the rule if it reads them (``preference``, ``key``, ``previous_batch_losses``,
+      names of its own; ``task_mask`` always), else to ``losses_fn`` if it takes them (unmapped
+      under ``in_axes``); inputs of other rules are ignored, as in optax. Inputs over tasks may be
+      dicts with the names of the losses.
 
     Raises:
-      ValueError: The aggregator has no weighting, or as in `value_and_gramian`.
+      ValueError: The aggregator has no weighting (and there is no encoder), the state is not its
+        own, a keyword is read by both or taken by neither, or as in `value_and_gramian`.
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl import base
@@ -134,21 +153,20 @@ def value_and_grad(
     [0.5 2. ] [-0.5 -1. ]
     """
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
-    weighting = getattr(aggregator, "weighting", None)
-    if weighting is None:
-        raise ValueError(
-            "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
-            "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
-            "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
-            "losses=losses)"
-        )
+    of_rows = getattr(aggregator, "weighting", None) is None
+    if encoder is not None and of_rows and getattr(aggregator, "rule", None) is not None:
+        return _value_and_grad_of_features(options, aggregator)
+    weighting = checks.check_weighting(aggregator)
     rule = getattr(weighting, "rule", None)
     reads_gramian = rule is None or "gramian" in rule.needs
 
-    def evaluate(params: PyTree, state: PyTree, *args: Any, **extra: Any) -> Any:
-        found = routes.evaluate(options, params, args, reads_gramian)
+    def evaluate(params: PyTree, state: PyTree = None, *args: Any, **extra: Any) -> Any:
+        checks.check_state(rule, state)
+        extra, kwargs = keywords.split(weighting, options.takes(len(args)), extra)
+        found = routes.evaluate(options, params, args, reads_gramian, kwargs)
         if encoder is not None:
             extra.setdefault("features", found.features)
+        extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
         gramian = None
         if rule is None:
@@ -163,12 +181,39 @@ def value_and_grad(
         mask = extra.get("task_mask")
         heads = _head_weights(weighting, reads_gramian, weights, state, mask)
         grads = found.pullback(weights, heads)
-        ok = linalg.all_finite(grads)
-        if hasattr(state, "mtl_skipped"):  # A step that the weighting skips is one for heads too.
-            ok &= new_state.mtl_skipped == state.mtl_skipped
-        grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
-        new_state = base.skip_unless(ok, new_state, state)
-        value = (found.losses, found.aux) if has_aux else found.losses
+        grads, new_state = _skip_together(grads, new_state, state)
+        value = found.aux.returned(found.losses, has_aux, in_axes is not None)
+        return (value, new_state), grads
+
+    return evaluate
+
+
+def _skip_together(grads: PyTree, new_state: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    ok = linalg.all_finite(grads)
+    if hasattr(state, "mtl_skipped"):  # A step that the rule skips is one for heads too.
+        ok &= new_state.mtl_skipped == state.mtl_skipped
+    grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
+    return grads, base.skip_unless(ok, new_state, state)
+
+
+def _value_and_grad_of_features(options: Options, aggregator: Aggregator) -> Callable[..., Any]:
+    """Makes `value_and_grad` of a coordinate rule on the gradients at the features."""
+    rule: Any = aggregator.rule
+
+    def evaluate(params: PyTree, state: PyTree = None, *args: Any, **extra: Any) -> Any:
+        checks.check_state(rule._replace(num_tasks=None), state)  # it logs nothing
+        extra, kwargs = keywords.split(aggregator, options.takes(len(args)), extra)
+        found: Any = routes.evaluate(options, params, args, True, kwargs)
+        extra.setdefault("features", found.features)
+        extra = checks.stack_named(extra, found.aux.names)
+        losses = linalg.whole(lax.stop_gradient(found.losses))
+        rows = lax.stop_gradient(found.feature_rows())
+        update, new_state = aggregator.update(rows, state, found.features, losses=losses, **extra)
+        mask = extra.get("task_mask")
+        heads = jnp.ones_like(losses) if mask is None else jnp.where(mask, 1, 0)
+        grads = found.pull_features(lax.stop_gradient(update), heads.astype(losses.dtype))
+        grads, new_state = _skip_together(grads, new_state, state)
+        value = found.aux.returned(found.losses, options.has_aux, False)
         return (value, new_state), grads
 
     return evaluate
@@ -187,7 +232,7 @@ def _head_weights(
 
 
 def cross_gramian(
-    losses_fn: Callable[..., Any],
+    losses_fn: Losses,
     *,
     in_axes: Any = None,
     encoder: Callable[..., Any] | None = None,
@@ -232,6 +277,8 @@ def cross_gramian(
                     f"expected the arguments of each batch as a tuple, got {type(args).__name__}; "
                     "write cross_gramian(losses_fn)(params, (batch1,), (batch2,))"
                 )
+        for args in (args1, args2):
+            keywords.check(options.takes(len(args)), kwargs)
         first, second = (
             routes.evaluate(options, params, args, kwargs=kwargs) for args in (args1, args2)
         )
@@ -250,7 +297,7 @@ class Explanation(str):
 
 
 def explain(
-    losses_fn: Callable[..., Any],
+    losses_fn: Losses,
     params: PyTree,
     *args: Any,
     in_axes: Any = None,
@@ -271,7 +318,7 @@ def explain(
       shared: See `value_and_gramian`.
       has_aux: See `value_and_gramian`.
       chunk_size: See `value_and_gramian`.
-      **kwargs: Keywords of ``losses_fn``.
+      **kwargs: Keywords of ``losses_fn``; inputs of rules that it does not take are ignored.
 
     Returns:
       Text that names, with ``in_axes``, for every parameter the path it takes and why, with the
@@ -288,6 +335,9 @@ def explain(
     ['w']  float32[20, 30]  structured (6.4 kFLOP, 512 B): inner products of inputs and cotangents of dot_general
     """  # noqa: E501
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
+    taken = options.takes(len(args))
+    kwargs = keywords.without_inputs(taken, kwargs)
+    keywords.check(taken, kwargs)
     leaves, treedef = jax.tree.flatten((params, args, kwargs))
     is_array = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
     texts: list[str] = []  # what `eval_shape` would refuse as an output

@@ -63,6 +63,26 @@ class PerFeature(per_task.Tasks):
             treedef, shared, functools.partial(_pull, features_tree, chunk_size), needs_gramian
         )
         self.pullback = jax.tree_util.Partial(pull, residual)
+        self.features_tree, self.treedef, self.shared = features_tree, treedef, shared
+        self.pull_losses, self.pull_encoder = pull_losses, pull_encoder
+
+    def feature_rows(self) -> PyTree:
+        """Returns the gradients with respect to the features, leaves ``(m, *z.shape)``."""
+        return jax.tree.unflatten(self.features_tree, self.linear.rows())
+
+    def pull_features(self, update: PyTree, head_weights: jax.Array) -> PyTree:
+        """Returns the gradients for an update of the features, and weights for all beside them.
+
+        Leaves that are not shared get ``J^T h`` on every path; the others the update through the
+        encoder, and ``J^T h`` on the paths that do not lead through the features.
+        """
+        direct, _ = self.pull_losses(head_weights.astype(self.losses.dtype))
+        (through,) = self.pull_encoder(update)
+        grads = [x + y for x, y in zip(direct, through, strict=True)]
+        if not all(self.shared):
+            heads = jax.tree.leaves(self.pullback(head_weights, head_weights))
+            grads = [g if flag else h for g, h, flag in zip(grads, heads, self.shared, strict=True)]
+        return jax.tree.unflatten(self.treedef, grads)
 
 
 def _traced(fun: Callable[..., Any], *inputs: Any) -> tuple[Callable[..., Any], str | None]:

@@ -155,6 +155,30 @@ def _structured(
     return total
 
 
+def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype) -> jax.Array:
+    """Returns the diagonal of what `_structured` returns, each example by itself."""
+    env = done.env()
+    found = [done.factors(part, env, lambda y: y) for part in group.parts]
+
+    def one(arrays: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
+        alone = [
+            factors.Outer(
+                dataclasses.replace(outer.x, array=x[None]),
+                dataclasses.replace(outer.y, array=y[None]),
+                None if choice is None else choice[None],
+            )
+            for outer, (x, y, choice) in zip(found, arrays, strict=True)
+        ]
+        total = jnp.zeros((), dtype)
+        for (i, j), pairing in group.pairings.items():
+            product = factors.inner_products(alone[i], alone[j], pairing, dtype)[0, 0]
+            total = total + product * (1 if i == j else 2)
+        return total
+
+    squares = jax.vmap(one)([(outer.x.array, outer.y.array, outer.choice) for outer in found])
+    return jnp.maximum(squares, 0)  # over several positions the sum can round to below zero
+
+
 def _own_products(x: jax.Array, y: jax.Array, n: int, dtype: jnp.dtype) -> jax.Array:
     """Returns inner products of gradients (B k, *s) and (B l, *s) of slices that B = n own."""
     x, y = (z.reshape(n, -1, *z.shape[1:]) for z in (x, y))
@@ -170,6 +194,7 @@ def _forward_backward(
     own: list[jax.Array],
     mapped: list[jax.Array],
     in_gramian: Sequence[bool],
+    diagonal: bool,
 ) -> tuple[jax.Array, Any, Pass]:
     """Evaluates all examples and pulls their losses back to the outputs of all uses.
 
@@ -179,6 +204,7 @@ def _forward_backward(
       own: Parameters of which each example has a slice, stacked.
       mapped: The other inputs, stacked.
       in_gramian: For each leaf, whether it is part of the Gramian.
+      diagonal: Whether norms alone are wanted.
 
     Returns:
       The ``(m,)`` losses, aux with a leading axis of examples, and the `Pass`.
@@ -217,7 +243,7 @@ def _forward_backward(
         )
     else:
         of_own = [x[:, None] for x in of_own]
-    plan = make_plan(program, in_gramian, losses.shape[0])
+    plan = make_plan(program, in_gramian, losses.shape[0], diagonal)
     done = Pass(plan, leaves, list(map(jnp.asarray, constants)), residuals, cotangents, of_own, {})
     return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
 
@@ -234,6 +260,7 @@ class PerExample:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         needs_gramian: bool = True,
+        diagonal: bool = False,
     ) -> None:
         leaves, treedef = arguments.parameters(params)
         shared = arguments.shared_leaves(options.shared, params)
@@ -250,7 +277,7 @@ class PerExample:
             return losses, aux
 
         self.losses, self.aux, self._pass = _forward_backward(
-            one_example, common, own, examples.mapped, in_gramian
+            one_example, common, own, examples.mapped, in_gramian, diagonal
         )
         self._rows = functools.cache(self._pass.rows)
         self._params, self._examples = params, examples
@@ -304,6 +331,27 @@ class PerExample:
             if counts:
                 x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
                 total = total + _own_products(scaled(x), scaled(y), len(a.own[0]), dtype)
+        return total
+
+    def squared_norms(self) -> jax.Array:
+        """Returns the ``(m,)`` diagonal of the Gramian; for a pass with ``diagonal``."""
+        done = self._pass
+        dtype = linalg.accumulation_dtype(done.leaves, done.own)
+        total = jnp.zeros(self.losses.shape, dtype)
+        for i, group in enumerate(done.plan.groups):
+            if not done.plan.counts(group):
+                continue
+            if group.method == "factors":
+                total = total + _structured_squares(done, group, dtype)
+                continue
+            for leaf, rows in self._rows()[i].items():
+                if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
+                    squares = jnp.square(rows.astype(dtype))
+                    total = total + jnp.sum(squares, axis=range(1, rows.ndim))
+        for x, counts in zip(done.own, self._own_in_gramian, strict=True):
+            if counts:
+                squares = jnp.square(x.astype(dtype))
+                total = total + jnp.sum(squares, axis=range(2, x.ndim)).reshape(-1)
         return total
 
     def explain(self) -> str:

@@ -1,4 +1,4 @@
-"""What the three routes have in common: what they are told, and the pullback."""
+"""What the routes have in common: what they are told, and the pullback."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import arguments, linalg
+from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl.names import Aux
 from jaxmtl.types import PyTree
 
 
@@ -16,7 +17,7 @@ from jaxmtl.types import PyTree
 class Options:
     """What `value_and_gramian` and its relatives are told; see there."""
 
-    losses_fn: Callable[..., Any]
+    losses_fn: Any
     in_axes: Any = None
     encoder: Callable[..., Any] | None = None
     shared: Any = None
@@ -24,7 +25,10 @@ class Options:
     chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        arguments.check_callable(self.losses_fn, "a losses function")
+        if separate.is_several(self.losses_fn):
+            separate.check_functions(self.losses_fn, self.in_axes, self.encoder)
+        else:
+            arguments.check_callable(self.losses_fn, "a losses function")
         arguments.check_chunk_size(self.chunk_size)
         if self.encoder is not None:
             arguments.check_callable(self.encoder, "an encoder function encode(params, *args) -> z")
@@ -39,8 +43,13 @@ class Options:
                 "processed in chunks, as their gradients are not formed: drop it"
             )
 
-    def call(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
-        """Returns ``(losses, aux)``, aux None if there is none."""
+    def takes(self, num_args: int) -> keywords.Names:
+        """Returns the keywords of the losses function beside ``num_args`` arguments."""
+        lead = 1 if self.encoder is None else 2  # the parameters, and z
+        return keywords.of_losses(self.losses_fn, lead + num_args)
+
+    def call(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, Aux]:
+        """Returns ``(losses, aux)``; see `arguments.call_losses`."""
         return arguments.call_losses(self.losses_fn, self.has_aux, *args, **kwargs)
 
 
@@ -49,13 +58,13 @@ class Route(Protocol):
 
     Attributes:
       losses: ``(m,)``.
-      aux: The auxiliary output.
+      aux: The auxiliary output and the names of the losses.
       features: z of the encoder, or None.
       pullback: ``(weights, head_weights=None) -> grads``.
     """
 
     losses: jax.Array
-    aux: Any
+    aux: Aux
     features: Any
     pullback: jax.tree_util.Partial
 

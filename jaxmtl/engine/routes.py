@@ -1,13 +1,15 @@
-"""The choice among the three routes."""
+"""The choice among the routes."""
 
 from typing import Any
 
 import jax
 
+from jaxmtl import separate
 from jaxmtl.engine.encoder import PerFeature
 from jaxmtl.engine.per_example import PerExample, over_examples
 from jaxmtl.engine.per_task import PerTask
 from jaxmtl.engine.route import Options, Route
+from jaxmtl.engine.separate import Separate
 from jaxmtl.types import PyTree
 
 
@@ -29,6 +31,8 @@ def evaluate(
       kwargs: Keywords of the losses function, never mapped.
     """
     kwargs = kwargs or {}
+    if separate.is_several(options.losses_fn):
+        return Separate(options, params, args, kwargs, needs_gramian)
     if options.encoder is not None:
         return PerFeature(options, params, args, kwargs, needs_gramian)
 

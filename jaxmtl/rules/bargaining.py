@@ -1,5 +1,8 @@
 """Bargaining over the update: Nash-MTL and FairGrad."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,15 +11,19 @@ from jaxmtl.registry import method
 from jaxmtl.types import Aggregator
 
 
-def _clip(
-    weights: jax.Array, gramian: jax.Array, log2_scale: jax.Array, max_norm: float | None
-) -> jax.Array:
+def _bounded(aggregator: Aggregator, max_norm: float | None) -> Aggregator:
+    """Scales the update down to the norm at every step, under `every_k` too."""
     if max_norm is None:
-        return weights
-    norm = jnp.sqrt(jnp.maximum(weights @ gramian @ weights, 0)) * jnp.exp2(
-        log2_scale.astype(gramian.dtype)
-    )
-    return weights * jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1), 1)
+        return aggregator
+    checks.check_range("max_norm", max_norm, 0, closed="right")
+
+    def clip(weights: jax.Array, inputs: Mapping[str, Any]) -> jax.Array:
+        gramian = inputs["gramian"]
+        size = jnp.exp2(inputs["log2_scale"].astype(gramian.dtype))
+        norm = jnp.sqrt(jnp.maximum(weights @ gramian @ weights, 0)) * size
+        return weights * jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1), 1)
+
+    return base.from_rule(base.inner_rule(aggregator, "max_norm")._replace(finish=clip))
 
 
 @method(
@@ -36,9 +43,13 @@ def nash_mtl(
     Each task's improvement is weighed against its own; the solution does not depend on the
     scale of any gradient, and ``|J^T a|^2 = m`` always.
 
+    Use it where the result must not depend on the scale of any loss: the relative progress of all
+    tasks counts.
+
     Args:
       normalize: Solve on ``G / |G|_F``, which makes the update of degree 1 in J.
-      max_norm: Bound on the norm of the update, by scaling it down; None for none.
+      max_norm: Bound on the norm of the update, by scaling it down at every step, those between
+        the renewals of `every_k` included; None for none.
       num_tasks: m; if given the state logs ``mtl_weights`` and ``mtl_residual``.
 
     Returns:
@@ -65,8 +76,6 @@ def nash_mtl(
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
     [1. 1.]
     """
-    if max_norm is not None:
-        checks.check_range("max_norm", max_norm, 0, closed="right")
 
     def weigh(gramian: jax.Array, task_mask: jax.Array, log2_scale: jax.Array) -> solvers.Solution:
         weights, residual = solvers.bargaining(gramian, 1.0, task_mask)
@@ -74,9 +83,9 @@ def nash_mtl(
             weights = weights * jnp.sqrt(jnp.linalg.norm(gramian))
         else:
             weights = weights * jnp.exp2(-log2_scale.astype(gramian.dtype))
-        return solvers.Solution(_clip(weights, gramian, log2_scale, max_norm), residual)
+        return solvers.Solution(weights, residual)
 
-    return base.from_weighting(weigh, num_tasks=num_tasks, residual=True)
+    return _bounded(base.from_weighting(weigh, num_tasks=num_tasks, residual=True), max_norm)
 
 
 @method("alpha-fairness, G w = w^(-1/alpha)", "Ban and Ji 2024", "non-conflicting")
@@ -91,10 +100,14 @@ def fairgrad(
     alpha = 1 is proportional fairness (`nash_mtl`), 2 minimises potential delay, large alpha
     approaches max-min fairness (`mgda`, up to scale).
 
+    Use it to choose the degree of fairness: ``alpha`` from 0, the mean, by 1, Nash bargaining, to
+    large values, where the worst improvement counts.
+
     Args:
       alpha: Fairness, at least 0. At 0 the weights are 1/m, the mean (the limit of the
         equations is the sum, m times the mean).
-      max_norm: Bound on the norm of the update, by scaling it down; None for none.
+      max_norm: Bound on the norm of the update, by scaling it down at every step, those between
+        the renewals of `every_k` included; None for none.
       num_tasks: m; if given the state logs ``mtl_weights`` and ``mtl_residual``.
 
     Returns:
@@ -121,8 +134,6 @@ def fairgrad(
     0.62996 1.0
     """
     checks.check_range("alpha", alpha, 0)
-    if max_norm is not None:
-        checks.check_range("max_norm", max_norm, 0, closed="right")
 
     def weigh(gramian: jax.Array, task_mask: jax.Array, log2_scale: jax.Array) -> solvers.Solution:
         fairness = jnp.asarray(alpha, gramian.dtype)
@@ -134,6 +145,6 @@ def fairgrad(
         uniform = tasks.equal_shares(task_mask, gramian.dtype)
         weights = jnp.where(mean, uniform, weights)
         residual = jnp.where(mean, 0, residual)
-        return solvers.Solution(_clip(weights, gramian, log2_scale, max_norm), residual)
+        return solvers.Solution(weights, residual)
 
-    return base.from_weighting(weigh, num_tasks=num_tasks, residual=True)
+    return _bounded(base.from_weighting(weigh, num_tasks=num_tasks, residual=True), max_norm)

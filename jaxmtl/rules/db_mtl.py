@@ -14,15 +14,21 @@ SHIFT = 1e-8  # added to losses before the logarithm, as the authors do
 
 
 @method("tracked gradients of log losses, all of the largest norm", "Lin 2023")
-def db_mtl(beta: float = 0.9, *, sigma: float = 0.0, num_tasks: int) -> Aggregator:
+def db_mtl(
+    beta: float = 0.9, *, sigma: float = 0.0, reduction: str = "sum", num_tasks: int
+) -> Aggregator:
     """Averages gradients of the logarithms of the losses and gives all the largest norm.
 
     With ``g_i`` the gradient of ``log(l_i + 1e-8)``: ``y_i <- g_i + (beta / k^sigma) (y_i - g_i)``,
     ``y_i = 0`` at the start, k from 1; update ``max_j |y_j| sum_i y_i / |y_i|``.
 
+    Use it where losses and gradients differ by orders of magnitude and memory for m more gradients
+    is at hand.
+
     Args:
       beta: In [0, 1).
       sigma: At least 0.
+      reduction: ``"sum"``, or ``"mean"``: that over the number of present tasks.
       num_tasks: m, required.
 
     Returns:
@@ -30,8 +36,8 @@ def db_mtl(beta: float = 0.9, *, sigma: float = 0.0, num_tasks: int) -> Aggregat
       `jaxmtl.transforms.track_gradients.TrackState`; ``weighting`` is None.
 
     Raises:
-      ValueError: ``num_tasks`` is missing or a number out of range; when tracing, ``losses`` are
-        missing.
+      ValueError: ``num_tasks`` is missing, a number out of range, or ``reduction`` unknown; when
+        tracing, ``losses`` are missing.
 
     **Properties**: permutation-equivariant; conflicting. Multiplying a loss and its gradient by a
     positive number changes nothing but for the 1e-8. A task whose ``l + 1e-8`` is at or below
@@ -53,6 +59,7 @@ def db_mtl(beta: float = 0.9, *, sigma: float = 0.0, num_tasks: int) -> Aggregat
     """
     checks.check_range("beta", beta, 0, 1, closed="left")
     checks.check_range("sigma", sigma, 0)
+    checks.check_choice("reduction", reduction, ("sum", "mean"))
 
     def rate(k: jax.Array) -> jax.Array:
         return 1 - beta / k**sigma
@@ -67,7 +74,7 @@ def db_mtl(beta: float = 0.9, *, sigma: float = 0.0, num_tasks: int) -> Aggregat
         new = track(state, log_rows, rate, task_mask)
         norms = jnp.where(task_mask, linalg.row_norms(new.tracked), 0)
         factors = jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 0)
-        update = linalg.combine(new.tracked, factors)
+        update = linalg.combine(new.tracked, tasks.reduced(factors, task_mask, reduction))
         return jax.tree.map(lambda x, g: x.astype(g.dtype), update, jacobian), new
 
     return base.from_rows(

@@ -16,7 +16,7 @@ class GradNormState(NamedTuple):
     """State of `gradnorm`.
 
     Attributes:
-      weights: w (m,), of sum m, and the leaves of its optimizer's state.
+      weights: w (m,), of sum m, or its logits, and the leaves of its optimizer's state.
       initial: (m,) l_0, the first losses of each task.
       known: (m,) bool, the tasks whose first loss has been seen.
     """
@@ -31,6 +31,7 @@ def gradnorm(
     alpha: float = 1.5,
     *,
     num_tasks: int,
+    weights: str = "scaled",
     initial_losses: jax.Array | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Aggregator:
@@ -39,11 +40,16 @@ def gradnorm(
     ``sum_i w_i l_i``, with w a step on ``sum_i |w_i |g_i| - sg(mean_j(w_j |g_j|) r_i^alpha)|``
     after each use, ``r_i = (l_i / l_i0) / mean_j (l_j / l_j0)``; w is then scaled to sum m.
 
+    Use it where tasks train at different speeds and norms of gradients, on the last shared layer
+    for instance, should follow.
+
     Args:
       alpha: Strength with which slow tasks are pulled, at least 0.
       num_tasks: m, required; the state logs ``mtl_weights``.
+      weights: How w has the sum m: ``"scaled"``: w itself is stepped, then scaled (the paper);
+        ``"softmax"``: ``w = m softmax(v)``, and v is stepped along the objective (LibMTL).
       initial_losses: (m,) positive l_0; the first losses seen if None.
-      optimizer: Steps w, from ones, after its use; SGD with rate 0.025 by default.
+      optimizer: Steps w from ones, or v from zeros, after its use; SGD with rate 0.025 by default.
 
     Returns:
       An `Aggregator` that reads ``losses`` and the Gramian's diagonal, whose inner state is a
@@ -62,8 +68,8 @@ def gradnorm(
 
     **Reference**: Chen et al. 2018 (GradNorm), eq. 1-2 and algorithm 1.
 
-    **Differs from** LibMTL, which steps softmax logits of w, and from public JAX code, which
-    forgets the stop-gradient or leaves w out of the objective.
+    **Differs from** LibMTL, which is ``weights="softmax"`` with the network's own optimizer, and
+    from public JAX code, which forgets the stop-gradient or leaves w out of the objective.
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> weighting = jaxmtl.gradnorm(num_tasks=2).weighting
@@ -74,11 +80,14 @@ def gradnorm(
     ['1.038', '0.962']
     """
     checks.check_range("alpha", alpha, 0)
+    checks.check_choice("weights", weights, ("scaled", "softmax"))
+    softmax = weights == "softmax"
     given = checks.check_vector("initial_losses", initial_losses, num_tasks, sign="positive")
     stepper = optax.sgd(0.025) if optimizer is None else optimizer
 
     def init() -> GradNormState:
-        weights = init_learned(stepper, jnp.ones((num_tasks,)))
+        start = jnp.zeros((num_tasks,)) if softmax else jnp.ones((num_tasks,))
+        weights = init_learned(stepper, start)
         initial = jnp.ones((num_tasks,)) if given is None else jnp.asarray(given)
         known = jnp.full((num_tasks,), given is not None)
         return GradNormState(weights, initial.astype(weights.values.dtype), known)
@@ -87,6 +96,11 @@ def gradnorm(
         ratio = tasks.positive_part(losses)[0] / tasks.positive_part(initial)[0]
         ratio = jnp.minimum(ratio, jnp.sqrt(jnp.finfo(ratio.dtype).max))
         return ratio / jnp.mean(ratio, where=task_mask)
+
+    def scaled(values: jax.Array, task_mask: jax.Array) -> jax.Array:
+        if softmax:
+            return jax.nn.softmax(values, where=task_mask) * jnp.sum(task_mask)
+        return tasks.scale_to_count(values, task_mask)
 
     def weigh(
         gramian: jax.Array,
@@ -98,10 +112,14 @@ def gradnorm(
         losses = losses.astype(gramian.dtype)
         initial = jnp.where(task_mask & ~state.known, losses, state.initial)
         norms = linalg.ldexp(jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0)), log2_scale)
-        weights = tasks.scale_to_count(state.weights.values, task_mask)
+        weights = scaled(state.weights.values, task_mask)
         products = weights * norms
         target = jnp.mean(products, where=task_mask) * slowness(losses, initial, task_mask) ** alpha
         gradient = jnp.where(task_mask, jnp.sign(products - target) * norms, 0)
+        if softmax:  # to the logits: the derivative of m softmax(v)
+            gradient = weights * (gradient - jnp.mean(weights * gradient, where=task_mask))
+            moved = learn(stepper, gradient, state.weights, task_mask)
+            return weights, GradNormState(moved, initial, state.known | task_mask)
         moved = learn(stepper, gradient, state.weights, task_mask)
         values = jnp.maximum(moved.values, 0)
         values = tasks.keep_absent(
@@ -111,7 +129,6 @@ def gradnorm(
         return weights, GradNormState(moved, initial, state.known | task_mask)
 
     def head_weights(state: GradNormState, task_mask: jax.Array | None) -> jax.Array:
-        values = state.weights.values
-        return tasks.scale_to_count(values, tasks.all_present(num_tasks, task_mask))
+        return scaled(state.weights.values, tasks.all_present(num_tasks, task_mask))
 
     return base.from_weighting(weigh, init=init, num_tasks=num_tasks, head_weights=head_weights)

@@ -8,19 +8,27 @@ from jaxmtl import base, linalg
 from jaxmtl.learned import LearnedState, init_learned
 from jaxmtl.registry import method
 from jaxmtl.rules.imtl_g import equal_projections
-from jaxmtl.rules.learned_scale import default_optimizer, step_log_scales
+from jaxmtl.rules.learned_scale import default_optimizer, log_bound, step_log_scales
 from jaxmtl.types import Aggregator
 
 
 @method("`imtl_l`, then `imtl_g` on the shared part", "Liu 2021b", "scale-free")
-def imtl(*, num_tasks: int, optimizer: optax.GradientTransformation | None = None) -> Aggregator:
+def imtl(
+    *,
+    num_tasks: int,
+    max_weight: float | None = 1e6,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Aggregator:
     """Scales the losses to one size, then makes equal projections on the scaled gradients.
 
     With ``e = exp(s)`` of `imtl_l`, ``w_i = e_i v_i`` with v the weights of `imtl_g` for the
     gradients ``e_i g_i`` of the scaled losses.
 
+    Use it where neither the scale of losses nor the length of gradients should matter, with heads.
+
     Args:
       num_tasks: m, required; the state logs ``mtl_weights``.
+      max_weight: Bound on e, as in `imtl_l`.
       optimizer: Steps s as in `imtl_l`.
 
     Returns:
@@ -32,7 +40,7 @@ def imtl(*, num_tasks: int, optimizer: optax.GradientTransformation | None = Non
       where both keep the same s.
 
     Raises:
-      ValueError: ``num_tasks`` is missing.
+      ValueError: ``num_tasks`` is missing, or ``max_weight`` is not positive.
 
     **Properties**: weighted, permutation-equivariant, of degree 1 in the gradients; not linear
     under scaling, conflicting if the gradients are linearly dependent. As for `imtl_l`, losses are
@@ -47,6 +55,7 @@ def imtl(*, num_tasks: int, optimizer: optax.GradientTransformation | None = Non
     [0.25 0.75]
     """
     stepper = default_optimizer() if optimizer is None else optimizer
+    highest = None if max_weight is None else log_bound(max_weight)
 
     def init() -> LearnedState:
         return init_learned(stepper, jnp.zeros((num_tasks,)))
@@ -54,7 +63,7 @@ def imtl(*, num_tasks: int, optimizer: optax.GradientTransformation | None = Non
     def weigh(
         gramian: jax.Array, state: LearnedState, losses: jax.Array, task_mask: jax.Array
     ) -> tuple[jax.Array, LearnedState]:
-        scales, new = step_log_scales(stepper, losses, state, task_mask)
+        scales, new = step_log_scales(stepper, losses, state, task_mask, highest)
         scales = scales.astype(gramian.dtype)
         # v does not depend on the unit of the scales: with the largest 1 nothing overflows.
         relative = jnp.exp(state.values - jnp.max(jnp.where(task_mask, state.values, -jnp.inf)))

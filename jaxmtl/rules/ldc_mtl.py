@@ -1,5 +1,6 @@
 """LDC-MTL: loss discrepancy control, a bilevel problem solved by first-order steps."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,9 +38,15 @@ class LDCState(NamedTuple):
 
 
 def init_router(
-    num_tasks: int, feature_size: int | None, hidden: tuple[int, ...], seed: int
+    num_tasks: int,
+    feature_size: int | None,
+    hidden: tuple[int, ...],
+    activation: str,
+    seed: int,
 ) -> PyTree:
-    """Returns free logits, all one, or the layers of a small network on a feature."""
+    """Returns free logits, or the layers of a small network on a feature."""
+    if feature_size is None and activation == "relu_sigmoid":
+        return {"logits": jax.random.uniform(jax.random.key(seed), (num_tasks,), minval=0.2)}
     if feature_size is None:
         return {"logits": jnp.ones((num_tasks,))}
     widths = (feature_size, *hidden, num_tasks)
@@ -82,7 +89,8 @@ def discrepancy(values: jax.Array, smooth: float, task_mask: jax.Array) -> jax.A
     pair = task_mask & (before >= 0)
     gap = jnp.where(pair, values[jnp.maximum(before, 0)] - values, 0)
     if not smooth:
-        return jnp.sum(jnp.abs(gap))
+        # The slope of |x| at a tie is 0: that of jnp.abs is 1, and ties are common.
+        return jnp.sum(gap * lax.stop_gradient(jnp.sign(gap)))
     # sqrt(x^2 + gamma), in units in which the square does not overflow.
     unit = lax.stop_gradient(jnp.maximum(jnp.abs(gap), jnp.sqrt(smooth)))
     return jnp.sum(jnp.where(pair, unit * jnp.sqrt((gap / unit) ** 2 + smooth / unit**2), 0))
@@ -123,6 +131,9 @@ def ldc_mtl(
     hidden: tuple[int, ...] = (),
     activation: str = "softmax",
     weight_bounds: tuple[float, float] | None = None,
+    divide_weights: bool = False,
+    divide_lower: bool | None = None,
+    shuffle: bool = False,
     smooth: float = 0.0,
     double_loop: bool = False,
     optimizer: optax.GradientTransformation | None = None,
@@ -134,6 +145,8 @@ def ldc_mtl(
     parameters and router W both descend ``f + lambda g``. On the side of the parameters that is
     one weighted backward pass: ``w_i = (lambda sigma_i + tau_i (s_i - s_{i-1})) dl~_i/dl_i`` with
     ``s_i = sign(tau_i l~_i - tau_{i+1} l~_{i+1})``, ``s_0 = s_m = 0``. Weights can be negative.
+
+    Use it at the budget of one gradient where losses should stay close to each other.
 
     Args:
       penalty: lambda, at least 0.
@@ -150,14 +163,21 @@ def ldc_mtl(
       feature_size: d, for a router network on the shared feature, which arrives as
         ``features`` (..., d) and is averaged over its leading axes; None: W are free logits.
       hidden: Widths of the router's hidden layers (ReLU); none is one linear layer, as in the code.
-      activation: ``"softmax"`` (paper), or ``"sigmoid"``: sigma of logits that start at one, and
-        g divided by the sum of sigma (CelebA's code).
+      activation: sigma of W: ``"softmax"`` (paper), ``"sigmoid"`` of logits that start at one
+        (CelebA's code), or ``"relu_sigmoid"``, ``sigmoid(max(W, 0))`` of logits drawn from 0.2 to 1
+        (QM9's code).
       weight_bounds: (low, high), to which sigma is clamped; the code's are (0.2, 0.8).
+      divide_weights: Whether sigma, once clamped, is divided by its sum wherever it stands, in f
+        and g, with the derivative of the sum (NYUv2's code, with ``tau="sigma"``).
+      divide_lower: Whether g is divided by the sum of sigma, a constant to W (the code of CelebA
+        and QM9); None: with the two sigmoids it is.
+      shuffle: Whether f compares the tasks in a new order at each step (appendix A, "task
+        orders"); ``update(..., key=)`` overrides a draw.
       smooth: gamma at least 0: ``sqrt(x^2 + gamma)`` stands for ``|x|``.
       double_loop: Algorithm 2: W descends ``f + lambda (g(W, x) - g(W, z_N))`` with the losses at
         z_N as ``lower_losses`` (m,); `descend_lower` finds them.
       optimizer: Steps W, after its use; Adam with rate 1e-3 by default (CelebA, QM9).
-      seed: Seed of the router network's start.
+      seed: Seed of the router's start and of the orders.
 
     Returns:
       An `Aggregator` that reads ``losses`` (and ``features``, ``lower_losses``), whose inner state
@@ -169,11 +189,12 @@ def ldc_mtl(
         ``features`` or ``lower_losses`` are missing or of a wrong shape.
 
     **Properties**: weighted, linear under scaling of the gradients, conflicting. Not
-    permutation-equivariant: f compares neighbours; reversing the order changes nothing. Absent
-    tasks are removed, with their neighbours made neighbours, and keep their part of W. Without
-    normalization losses of any sign will do. Under ``"log"`` a loss at or below the least
-    normal number has weight 0; under the ratios an l_0 at or below it counts as 1. A
-    step at which the router's optimizer overflows (Adam, beyond 1e19 in float32) is skipped.
+    permutation-equivariant: f compares neighbours; reversing the order changes nothing. The slope
+    of f between equal neighbours is 0. Absent tasks are removed, with their neighbours made
+    neighbours, and keep their part of W. Without normalization losses of any sign will do. Under
+    ``"log"`` a loss at or below the least normal number has weight 0; under the ratios an l_0 at
+    or below it counts as 1. A step at which the router's optimizer overflows (Adam, beyond 1e19
+    in float32) is skipped.
 
     **Features** are detached: sigma depends on W alone, as in the paper's equations. The code of
     the dense predictions attaches them. The weights of m losses cannot express that, so here it
@@ -196,7 +217,9 @@ def ldc_mtl(
     checks.check_choice("form", form, ("paper", "code"))
     checks.check_choice("tau", tau, ("sigma", "ones"))
     checks.check_choice("normalize", normalize, (None, "log", "ratio", "ratio_min"))
-    checks.check_choice("activation", activation, ("softmax", "sigmoid"))
+    checks.check_choice("activation", activation, ("softmax", "sigmoid", "relu_sigmoid"))
+    if divide_lower is None:
+        divide_lower = activation != "softmax"
     if steps_per_epoch is not None:
         checks.check_int("steps_per_epoch", steps_per_epoch)
     if hidden and feature_size is None:
@@ -208,7 +231,7 @@ def ldc_mtl(
     upper_factor, lower_factor = (1.0, penalty) if form == "paper" else (penalty, 1.0)
 
     def init() -> LDCState:
-        router = init_learned(stepper, init_router(m, feature_size, hidden, seed))
+        router = init_learned(stepper, init_router(m, feature_size, hidden, activation, seed))
         known = jnp.zeros((m,), bool)
         return LDCState(jnp.zeros((), jnp.int32), router, jnp.ones((m,)), known)
 
@@ -217,14 +240,20 @@ def ldc_mtl(
         if activation == "softmax":
             weights = jax.nn.softmax(logits, where=task_mask)
         else:
+            logits = jax.nn.relu(logits) if activation == "relu_sigmoid" else logits
             weights = jax.nn.sigmoid(logits)
         if weight_bounds is not None:
             weights = jnp.clip(weights, *weight_bounds)
-        return jnp.where(task_mask, weights, 0)
+        weights = jnp.where(task_mask, weights, 0)
+        return weights / positive_sum(weights) if divide_weights else weights
+
+    def positive_sum(weights: jax.Array) -> jax.Array:
+        total = jnp.sum(weights)
+        return jnp.where(total > 0, total, 1)  # no task present
 
     def lower(weights: jax.Array, scaled: jax.Array) -> jax.Array:
         total = jnp.sum(jnp.where(weights > 0, weights * scaled, 0))
-        return total / jnp.sum(weights) if activation == "sigmoid" else total
+        return total / lax.stop_gradient(positive_sum(weights)) if divide_lower else total
 
     def objective(
         values: PyTree,
@@ -232,10 +261,15 @@ def ldc_mtl(
         features: jax.Array | None,
         baseline: jax.Array,
         task_mask: jax.Array,
+        order: jax.Array | None,
     ) -> jax.Array:
         weights = sigma(values, features, task_mask).astype(losses.dtype)
         scaled = normalized(losses, baseline, normalize, task_mask)
-        f = discrepancy(weights * scaled if tau == "sigma" else scaled, smooth, task_mask)
+        compared = weights * scaled if tau == "sigma" else scaled
+        present = task_mask
+        if order is not None:
+            compared, present = compared[order], task_mask[order]
+        f = discrepancy(compared, smooth, present)
         return upper_factor * f + lower_factor * lower(weights, scaled)
 
     def baseline_of(
@@ -246,6 +280,11 @@ def ldc_mtl(
             known = known & (state.mtl_step % steps_per_epoch != 0)
         baseline = jnp.where(task_mask & ~known, losses, state.baseline)
         return baseline, known | task_mask
+
+    def order_of(state: LDCState, key: jax.Array | None) -> jax.Array | None:
+        if not shuffle:
+            return None
+        return jax.random.permutation(tasks.draw_key(seed, state.mtl_step, key), m)
 
     def checked(features: Any) -> jax.Array | None:
         if feature_size is None:
@@ -263,12 +302,13 @@ def ldc_mtl(
         task_mask: jax.Array,
         features: Any = None,
         lower_losses: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, LDCState]:
         features = checked(features)
         baseline, known = baseline_of(state, losses, task_mask)
         values = state.router.values
         gradient, weights = jax.grad(objective, (0, 1))(
-            values, losses, features, baseline, task_mask
+            values, losses, features, baseline, task_mask, order_of(state, key)
         )
         if double_loop:
             assert lower_losses is not None  # for the type checker: the rule requires them
@@ -295,19 +335,27 @@ def ldc_mtl(
         return of
 
     def feature_gradient(
-        state: LDCState, losses: jax.Array, features: Any, task_mask: jax.Array | None = None
+        state: LDCState,
+        losses: jax.Array,
+        features: Any,
+        task_mask: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         mask = tasks.all_present(m, task_mask)
         losses = linalg.accumulable(lax.stop_gradient(jnp.where(mask, losses, 1)))
         baseline, _ = baseline_of(state, losses, mask)
 
         def of(features: jax.Array) -> jax.Array:
-            return objective(state.router.values, losses, features, baseline, mask)
+            order = order_of(state, key)
+            return objective(state.router.values, losses, features, baseline, mask, order)
 
         return jax.grad(of)(lax.stop_gradient(checked(features)))
 
     needs = (["features"] if feature_size else []) + (["lower_losses"] if double_loop else [])
-    aggregator = base.from_weighting(base.requiring(weigh, *needs), init=init, num_tasks=num_tasks)
+    rule_of = base.requiring(weigh, *needs)
+    if not shuffle:
+        rule_of = functools.partial(rule_of, key=None)  # then it draws nothing
+    aggregator = base.from_weighting(rule_of, init=init, num_tasks=num_tasks)
     rule = base.inner_rule(aggregator, "ldc_mtl")
     return base.from_rule(
         rule._replace(lower_objective=lower_objective, feature_gradient=feature_gradient)

@@ -26,6 +26,7 @@ def uncertainty_weighting(
     *,
     num_tasks: int,
     initial: float = 0.0,
+    max_weight: float | None = 1e6,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Aggregator:
     """Weighs the losses by learned homoscedastic uncertainties.
@@ -34,10 +35,15 @@ def uncertainty_weighting(
     classification, descended in the parameters and in the log-variances s:
     ``w_i = a_i exp(-s_i)``, ``ds_i = 1/2 - w_i l_i``.
 
+    Use it at the budget of one gradient where losses are likelihoods of different noise: the common
+    first choice.
+
     Args:
       kind: ``"regression"`` or ``"classification"``, or m of these, one per task.
       num_tasks: m, required; the state logs ``mtl_weights``.
       initial: s at the start (LibMTL: -0.5).
+      max_weight: Bound on ``exp(-s)``, kept after each step of s; None for none, as in the paper.
+        Losses from 1e-6 on are weighted as without it.
       optimizer: Steps s, after its use; Adam with rate 0.01 by default. The papers train s with
         the network's own optimizer: pass that.
 
@@ -46,12 +52,13 @@ def uncertainty_weighting(
       `jaxmtl.learned.LearnedState` with s.
 
     Raises:
-      ValueError: ``num_tasks`` is missing, or ``kind`` is unknown or of another length.
+      ValueError: ``num_tasks`` is missing, ``max_weight`` is not positive, or ``kind`` is unknown
+        or of another length.
 
     **Properties**: weighted, permutation-equivariant, linear under scaling of the gradients,
     conflicting. Meant for positive losses: s follows ``log(2 a_i l_i)``, so that a task whose loss
-    stays zero or negative gains weight without bound, until its weight overflows and the steps
-    are skipped. Absent tasks keep their s.
+    stays zero or negative gains weight up to ``max_weight`` (without a bound: until the weight
+    overflows and every step is skipped). Absent tasks keep their s.
 
     **Reference**: Kendall, Gal and Cipolla 2018, eq. 7 and 10, with ``s = log sigma^2``.
 
@@ -71,6 +78,7 @@ def uncertainty_weighting(
     checks.check_tasks(len(kinds), num_tasks)
     factors = [0.5 if name == "regression" else 1.0 for name in kinds]
     stepper = default_optimizer() if optimizer is None else optimizer
+    lowest = None if max_weight is None else -log_bound(max_weight)
 
     def init() -> LearnedState:
         return init_learned(stepper, jnp.full((num_tasks,), initial, jnp.result_type(float)))
@@ -80,9 +88,23 @@ def uncertainty_weighting(
     ) -> tuple[jax.Array, LearnedState]:
         weights = jnp.asarray(factors, losses.dtype) * jnp.exp(-state.values)
         gradient = jnp.where(task_mask, 0.5 - weights * losses, 0)
-        return weights, learn(stepper, gradient, state, task_mask)
+        new = learn(stepper, gradient, state, task_mask)
+        return weights, bounded(new, low=lowest)
 
     return base.from_weighting(weigh, init=init, num_tasks=num_tasks)
+
+
+def log_bound(max_weight: float | jax.Array) -> jax.Array:
+    """Returns the logarithm of a bound on a weight, after checking that it is positive."""
+    checks.check_range("max_weight", max_weight, 0, closed="right")
+    return jnp.log(jnp.asarray(max_weight, jnp.result_type(float)))
+
+
+def bounded(
+    state: LearnedState, low: jax.Array | None = None, high: jax.Array | None = None
+) -> LearnedState:
+    """Returns the state with its learned logarithms within their bounds."""
+    return state._replace(values=jnp.clip(state.values, low, high).astype(state.values.dtype))
 
 
 def step_log_scales(
@@ -90,22 +112,32 @@ def step_log_scales(
     losses: jax.Array,
     state: LearnedState,
     task_mask: jax.Array,
+    highest: jax.Array | None,
 ) -> tuple[jax.Array, LearnedState]:
     """Returns IMTL-L's weights ``exp(s)`` and the state after the step on ``exp(s) l - s``."""
     weights = jnp.exp(state.values)
     gradient = jnp.where(task_mask, weights * losses - 1, 0)
-    return weights, learn(optimizer, gradient, state, task_mask)
+    return weights, bounded(learn(optimizer, gradient, state, task_mask), high=highest)
 
 
 @method("learned scales, e^s l - s", "Liu 2021b", "linear under scaling", "scale-free")
-def imtl_l(*, num_tasks: int, optimizer: optax.GradientTransformation | None = None) -> Aggregator:
+def imtl_l(
+    *,
+    num_tasks: int,
+    max_weight: float | None = 1e6,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Aggregator:
     """Scales the losses until all are equally large.
 
     ``sum_i exp(s_i) l_i - s_i``, descended in the parameters and in s: ``w_i = exp(s_i)``,
     ``ds_i = w_i l_i - 1``, so that ``exp(s_i) l_i`` goes to 1.
 
+    Use it at the budget of one gradient where losses have different scales that change.
+
     Args:
       num_tasks: m, required; the state logs ``mtl_weights``.
+      max_weight: Bound on ``exp(s)``, kept after each step of s; None for none, as in the paper.
+        Losses from 1e-6 on are weighted as without it.
       optimizer: Steps s (0 at the start), after its use; Adam with rate 0.01 by default. The papers
         train s with the network's own optimizer: pass that.
 
@@ -114,12 +146,12 @@ def imtl_l(*, num_tasks: int, optimizer: optax.GradientTransformation | None = N
       `jaxmtl.learned.LearnedState` with s.
 
     Raises:
-      ValueError: ``num_tasks`` is missing.
+      ValueError: ``num_tasks`` is missing, or ``max_weight`` is not positive.
 
     **Properties**: weighted, permutation-equivariant, linear under scaling of the gradients,
     conflicting. Meant for positive losses: at a loss that stays zero or negative the scale grows
-    without bound, until its weight overflows and the steps are skipped. Absent tasks keep
-    their s.
+    up to ``max_weight`` (without a bound: until it overflows and every step is skipped). Absent
+    tasks keep their s.
 
     **Reference**: Liu et al. 2021 ("Towards impartial multi-task learning"), section 3.2.
 
@@ -132,11 +164,12 @@ def imtl_l(*, num_tasks: int, optimizer: optax.GradientTransformation | None = N
     ['1.000', '0.990']
     """
     stepper = default_optimizer() if optimizer is None else optimizer
+    highest = None if max_weight is None else log_bound(max_weight)
 
     def weigh(
         losses: jax.Array, state: LearnedState, task_mask: jax.Array
     ) -> tuple[jax.Array, LearnedState]:
-        return step_log_scales(stepper, losses, state, task_mask)
+        return step_log_scales(stepper, losses, state, task_mask, highest)
 
     def init() -> LearnedState:
         return init_learned(stepper, jnp.zeros((num_tasks,)))

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl import base, tasks
+from jaxmtl import base, checks, tasks
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator, RandomState
 
 
-def project_in_order(
+def projected_rows(
     gramian: jax.Array, orders: jax.Array, task_mask: jax.Array | None = None
 ) -> jax.Array:
-    """Computes PCGrad's weights for given orders.
+    """Computes the coefficients of PCGrad's projected gradients for given orders.
 
     Row i of the coefficients C holds ``g_i^PC = sum_j C_ij g_j``, so that an inner product
     with g_j costs m operations and no pass over the parameters.
@@ -24,7 +24,7 @@ def project_in_order(
       task_mask: (m,) bool; absent tasks are not met and have weight 0.
 
     Returns:
-      (m,) weights, the sum of the projected gradients' coefficients.
+      (m, m) C; the rows of absent tasks are 0.
     """
     m = gramian.shape[0]
     tasks = jnp.arange(m)
@@ -41,8 +41,15 @@ def project_in_order(
 
     start = jnp.diag(present.astype(gramian.dtype))
     if not orders.shape[1]:  # m = 1: nobody to meet
-        return jnp.sum(start, axis=0)
-    return jnp.sum(lax.fori_loop(0, orders.shape[1], meet, start), axis=0)
+        return start
+    return lax.fori_loop(0, orders.shape[1], meet, start)
+
+
+def project_in_order(
+    gramian: jax.Array, orders: jax.Array, task_mask: jax.Array | None = None
+) -> jax.Array:
+    """Computes PCGrad's weights (m,) for given orders: the sum of `projected_rows`."""
+    return jnp.sum(projected_rows(gramian, orders, task_mask), axis=0)
 
 
 @method(
@@ -51,19 +58,27 @@ def project_in_order(
     "linear under scaling",
     "scale-free",
 )
-def pcgrad(*, num_tasks: int | None = None, seed: int = 0) -> Aggregator:
+def pcgrad(*, reduction: str = "sum", num_tasks: int | None = None, seed: int = 0) -> Aggregator:
     """Projects each gradient off those it conflicts with, in random order; sums.
 
     For each task i, in an order of the other tasks drawn for i alone: while the running
     ``v_i`` has a negative inner product with the raw ``g_j``, its projection on ``g_j`` is
     subtracted. The update is ``sum_i v_i``. Exact in coefficient space, O(m^3).
 
+    Use it as a cheap remedy for conflicts of few tasks: no solver. With two tasks it has the
+    direction of `upgrad`, which is half as long.
+
     Args:
+      reduction: ``"sum"``: the update is ``sum_i v_i``; ``"mean"``: that over the number of present
+        tasks, as Zhou et al. 2022 print it and as their corollary 1 needs it.
       num_tasks: m; if given the state logs ``mtl_weights``.
       seed: Seed of the orders; ``update(..., key=)`` overrides a draw.
 
     Returns:
       An `Aggregator` whose inner state is `jaxmtl.types.RandomState`.
+
+    Raises:
+      ValueError: ``reduction`` is unknown.
 
     **Properties**: linear under scaling, weighted, of degree 1; permutation-equivariant in
     distribution; non-conflicting for m <= 2 only, where it is m times `upgrad`. Zero rows
@@ -72,8 +87,7 @@ def pcgrad(*, num_tasks: int | None = None, seed: int = 0) -> Aggregator:
     **Reference**: Yu et al. 2020, algorithm 1; Quinton and Rey 2024, eq. 23-26.
 
     **Differs from** most public code (LibMTL, nash-mtl, the copies in JAX), which also
-    projects a gradient on itself, or shares one order among tasks, or returns the mean, as
-    Zhou et al. 2022 do: the sum is m times that.
+    projects a gradient on itself, or shares one order among tasks, or returns the mean.
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> params, jacobian = jnp.zeros(2), jnp.array([[1.0, 0.0], [-1.0, 1.0]])
@@ -81,6 +95,7 @@ def pcgrad(*, num_tasks: int | None = None, seed: int = 0) -> Aggregator:
     >>> print(aggregator.update(jacobian, aggregator.init(params), params)[0])
     [0.5 1.5]
     """
+    checks.check_choice("reduction", reduction, ("sum", "mean"))
 
     def weigh(
         gramian: jax.Array,
@@ -90,6 +105,6 @@ def pcgrad(*, num_tasks: int | None = None, seed: int = 0) -> Aggregator:
     ) -> tuple[jax.Array, RandomState]:
         orders = tasks.draw_orders(tasks.draw_key(seed, state.mtl_step, key), gramian.shape[0])
         weights = project_in_order(gramian, orders, task_mask)
-        return weights, RandomState(state.mtl_step + 1)
+        return tasks.reduced(weights, task_mask, reduction), RandomState(state.mtl_step + 1)
 
     return base.from_weighting(weigh, init=tasks.init_random, num_tasks=num_tasks)

@@ -5,6 +5,8 @@ Each returns a `Solution`: the value and its relative KKT residual.
 
 from jaxmtl.solvers.bargaining import bargaining
 from jaxmtl.solvers.cagrad import worst_improvement
+from jaxmtl.solvers.jacobi_svd import SingularSystem, singular_system
+from jaxmtl.solvers.linear_program import LinearSolution, linear_program
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
 from jaxmtl.solvers.pseudo_inverse import pseudo_inverse
 from jaxmtl.solvers.quadratic import (
@@ -15,13 +17,17 @@ from jaxmtl.solvers.quadratic import (
 )
 
 __all__ = [
+    "LinearSolution",
+    "SingularSystem",
     "Solution",
     "bargaining",
+    "linear_program",
     "min_norm",
     "nonneg_qp",
     "project_dual_cone",
     "project_simplex",
     "pseudo_inverse",
     "row_normalized",
+    "singular_system",
     "worst_improvement",
 ]

@@ -82,7 +82,7 @@ def bargaining(
         lengths = jnp.asarray(_STEP_LENGTHS, dtype)
         lowest = jnp.min(jnp.where(usable, step, 0))
         longest = jnp.where(lowest < -0.9, 0.9 / jnp.where(lowest < -0.9, -lowest, 1), 1)
-        candidates = c.x * (1 + (longest * lengths)[:, None] * step)
+        candidates = c.x[None] * (1 + (longest * lengths)[:, None] * step[None])
         best = jnp.argmin(jax.vmap(objective)(candidates))
         # Near the solution the objective is flat to rounding, and full steps are safe.
         size = jnp.sum(jnp.where(usable, wanted, 0))

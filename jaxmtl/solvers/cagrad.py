@@ -27,7 +27,7 @@ def worst_improvement(
 
     Args:
       gramian: (m, m).
-      radius: c, a scalar in [0, 1).
+      radius: c, a scalar, at least 0.
       reference: u, (m,), the weights of g_0.
       mask: (m,) bool, False for tasks that do not take part; all do if None.
 
@@ -45,8 +45,9 @@ def worst_improvement(
     mask = jnp.ones((m,), bool) if mask is None else mask
     unit, norms, zero = row_normalized(gramian)
     usable = mask & ~zero
-    slopes = unit @ jnp.where(usable, norms * reference, 0)  # (g_i / |g_i|) . g_0
-    reference_norm = jnp.sqrt(jnp.maximum(slopes @ jnp.where(usable, norms * reference, 0), 0))
+    shares = jnp.where(usable, norms * reference, 0)
+    slopes = unit @ shares  # (g_i / |g_i|) . g_0
+    reference_norm = jnp.sqrt(jnp.maximum(slopes @ shares, 0))
     distance = radius * reference_norm
     h = jnp.where(usable, 1 / norms, 0)
 
@@ -66,7 +67,12 @@ def worst_improvement(
         rounds: jax.Array
 
     def solve(level: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, residual = nonneg_qp(unit, (level * h - slopes)[None], allowed=usable, start=start)
+        gains = level * h
+        # Where the gradients cancel, the slopes are rounding.
+        scale = jnp.maximum(jnp.max(jnp.abs(shares)), jnp.max(gains))
+        x, residual = nonneg_qp(
+            unit, (gains - slopes)[None], allowed=usable[None], scale=scale[None], start=start
+        )
         return x, jnp.sqrt(jnp.maximum(x[0] @ unit @ x[0], 0)), residual[0]
 
     def newton(c: Carry) -> Carry:

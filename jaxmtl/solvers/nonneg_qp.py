@@ -1,15 +1,24 @@
 """Non-negative quadratic programs with one matrix and many right-hand sides.
 
-Accelerated projected gradient finds which variables are free; a primal active-set
-method started there ends at the exact solution. Every solver of this package but
-the bargaining equations comes down to this one.
+Two methods in turn. Conjugate gradients on the free variables of each problem multiply
+all problems by the matrix at once, and their answers are verified. Problems that they
+leave unsolved, ill-conditioned ones, go to a primal active-set method with a factor per
+problem, a chunk at a time. Every solver of this package but the bargaining equations
+comes down to this one.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# Bytes of one array of faces in the active-set method; about four of them are alive.
+_CHUNK_BYTES = 2**25
+# Matrices larger than _SMALL meet _BLOCK right-hand sides at a time.
+_SMALL, _BLOCK = 64, 32
 
 
 class Solution(NamedTuple):
@@ -26,109 +35,203 @@ class Solution(NamedTuple):
     residual: jax.Array
 
 
-def kkt_residual(matrix: jax.Array, linear: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns ``max |min(x, Q x - b)|`` per row of ``x``, relative to the entries of b and x."""
-    size = jnp.maximum(jnp.max(jnp.abs(linear), -1), jnp.max(jnp.abs(x), -1))
+def kkt_residual(matrix: jax.Array, linear: jax.Array, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns ``max |min(x, Q x - b)|`` per row of ``x``, relative to ``scale`` and to x."""
+    size = jnp.maximum(scale, jnp.max(jnp.abs(x), -1))
     gap = jnp.max(jnp.abs(jnp.minimum(x, x @ matrix - linear)), -1)
     return jnp.where(size > 0, gap / jnp.where(size > 0, size, 1), 0)
 
 
-def projected_gradient(
-    matrix: jax.Array, linear: jax.Array, allowed: jax.Array, start: jax.Array, steps: int
-) -> jax.Array:
-    """Runs accelerated projected gradient with restarts (O'Donoghue and Candes 2015)."""
-    # The largest absolute row sum bounds the largest eigenvalue.
-    step = 1 / jnp.max(jnp.sum(jnp.abs(matrix), 1))
-
-    def body(
-        _: int, carry: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, y, t = carry
-        x_new = jnp.where(allowed, jnp.maximum(y + step * (linear - y @ matrix), 0), 0)
-        uphill = jnp.sum((y - x_new) * (x_new - x), -1, keepdims=True) > 0
-        t_new = jnp.where(uphill, 1, (1 + jnp.sqrt(1 + 4 * t * t)) / 2)
-        momentum = jnp.where(uphill, 0, (t - 1) / t_new)
-        return x_new, x_new + momentum * (x_new - x), t_new
-
-    ones = jnp.ones((linear.shape[0], 1), linear.dtype)
-    return lax.fori_loop(0, steps, body, (start, start, ones))[0]
-
-
-def nonneg_qp(
+def conjugate_gradients(
     matrix: jax.Array,
     linear: jax.Array,
+    scale: jax.Array,
+    start: jax.Array | None,
     *,
-    allowed: jax.Array | None = None,
-    start: jax.Array | None = None,
-    steps: int | None = None,
-) -> Solution:
-    """Solves ``argmin_{x >= 0} x^T Q x / 2 - b^T x`` for every row b of ``linear``.
+    steps: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs projected conjugate gradients on every column of ``linear`` at once.
 
-    ``Q`` may be singular as long as the problem is bounded (b in its range, as in every
-    problem of this package); any minimiser may then be returned. It should be scaled to
-    a diagonal near 1: then the accuracy does not depend on the scale of the tasks.
-
-    The active-set phase keeps ``x`` feasible. Each round solves for the minimiser on the
-    free variables, moves towards it as far as signs allow and fixes the variables that
-    block; a minimiser that is reached frees the variable with the most negative
-    multiplier. The objective falls whenever the free set changes at a minimiser, so no
-    set returns; a bound of ``4 m + 20`` rounds makes this certain under rounding as well,
-    and the best iterate seen is returned.
+    After Dostal's modified proportioning. While the gradient of the free variables outweighs
+    that of the fixed ones, steps are conjugate; else a step frees all fixed variables along
+    which the objective falls. A conjugate step that would leave the orthant ends at its
+    boundary, and the next goes towards the projection of a gradient step. Lengths are exact
+    unless a sign blocks, so the objective never rises, and each step costs one product with
+    the matrix. An answer counts once its gradient, computed anew, agrees.
 
     Args:
-      matrix: Q, (m, m), symmetric positive semi-definite, of floating point.
-      linear: (k, m), one right-hand side per row.
-      allowed: Bool, broadcastable to (k, m); False fixes a variable at zero.
-      start: (k, m) feasible starting points; zero if None.
-      steps: Number of projected-gradient steps, by default about m.
+      matrix: Q, (m, m).
+      linear: (m, k), one right-hand side per column, with entries near 1. A large negative
+        entry fixes a variable at zero.
+      scale: (1, k), what the accuracy is relative to, beside x.
+      start: (m, k) feasible starting points; zero if None.
+      steps: The largest number of steps.
 
     Returns:
-      `Solution` with value (k, m) and residual (k,).
-
-    >>> import jax.numpy as jnp
-    >>> from jaxmtl.solvers import nonneg_qp
-    >>> print(*nonneg_qp(jnp.eye(2), jnp.array([[2.0, -1.0]])).value[0])
-    2.0 0.0
+      A pair of x, (m, k), and a bool (1, k) that marks the solved problems.
     """
-    m, dtype = matrix.shape[0], matrix.dtype
-    eps = jnp.finfo(dtype).eps
-    allowed = jnp.broadcast_to(True if allowed is None else allowed, linear.shape)
-    linear = jnp.where(allowed, linear, 0)
-    start = jnp.zeros_like(linear) if start is None else start
-    x = projected_gradient(matrix, linear, allowed, start, 8 + m if steps is None else steps)
+    m, k = linear.shape
+    dtype = linear.dtype
+    eps, tiny = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny)
+    tolerance = 4 * eps * m**0.5
+    goal = (tolerance * scale) ** 2
+    # Beyond these, x may be on its way to infinity: left to the other method, which can tell.
+    longest, largest = 1 / (4 * m * eps), eps**-0.25
+
+    class Carry(NamedTuple):
+        x: jax.Array  # (m, k)
+        gradient: jax.Array  # (m, k) Q x - b
+        direction: jax.Array  # (m, k); 0 where a problem is not worked on
+        descent: jax.Array  # (1, k) by which the direction lowers the objective at first
+        length: jax.Array  # (1, k) of the last exact step
+        conjugate: jax.Array  # (1, k) bool: the direction may be followed by a conjugate one
+        stuck: jax.Array  # (1, k) bool
+        steps: jax.Array  # ()
+
+    def total(products: jax.Array) -> jax.Array:
+        return jnp.sum(products, 0, keepdims=True)
+
+    def working(c: Carry) -> jax.Array:
+        return jnp.any(c.descent > goal) & (c.steps < steps)
+
+    # Few passes over (m, k) arrays: beside the product they are the cost.
+    def step(c: Carry) -> Carry:
+        live = c.descent > goal
+        image = matrix @ c.direction
+        curvature = jnp.maximum(total(c.direction * image), eps * c.descent)
+        curvature = jnp.where(live, curvature, 1)
+        exact = jnp.where(live, c.descent / curvature, 0)
+        steepest = jnp.max(-c.direction / (c.x + tiny), 0, keepdims=True)
+        blocked = exact * steepest > 1
+        length = jnp.where(blocked, 1 / jnp.where(blocked, steepest, 1), exact)
+        stuck = length > longest
+        length = jnp.where(stuck, 0, length)
+        x = c.x + length * c.direction
+        x = jnp.where(x <= 4 * eps * c.x, 0, x)  # exactly, for what blocks
+        gradient = c.gradient + length * image
+
+        last = jnp.where(live & (exact > 0), exact, c.length)
+        bent = blocked & c.conjugate
+        # Bent directions reach the boundary no sooner than after a step of the last length.
+        bound = jnp.where(bent, 1 / last, eps**-2)
+        inside = x > 0
+        fixed = total(jnp.where(inside, 0, jnp.minimum(gradient, 0)) ** 2)
+        free = total(jnp.where(inside, gradient * jnp.minimum(x * bound, gradient), 0))
+        inner = bent | (fixed <= free)
+        turn = total(jnp.where(inside, gradient * image, 0)) / curvature
+        turn = jnp.where(inner & c.conjugate & ~blocked, turn, 0)
+        slope = jnp.where(inside, jnp.minimum(x * bound, gradient), jnp.minimum(gradient, 0))
+        direction = turn * c.direction - jnp.where(inside == inner, slope, 0)
+        live &= ~stuck
+        descent = jnp.where(inner, free, fixed)
+        return Carry(
+            x=x,
+            gradient=gradient,
+            direction=jnp.where(live, direction, 0),
+            descent=jnp.where(live, descent, 0),
+            length=last,
+            conjugate=inner & ~bent,
+            stuck=c.stuck | stuck,
+            steps=c.steps + 1,
+        )
+
+    def begin(
+        x: jax.Array, gradient: jax.Array, length: jax.Array, stuck: jax.Array, steps: jax.Array
+    ) -> tuple[Carry, jax.Array]:
+        size = scale + jnp.max(x, 0, keepdims=True)
+        gap = jnp.max(jnp.abs(jnp.minimum(x, gradient)), 0, keepdims=True)
+        stuck |= size > largest * scale
+        solved = (gap <= 2 * tolerance * size) & ~stuck
+        slope = jnp.where(solved | stuck, 0, jnp.minimum(x / length, gradient))
+        descent = total(gradient * slope)
+        return Carry(x, gradient, -slope, descent, length, no, stuck, steps), solved
+
+    def verify(carry: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, jax.Array, jax.Array]:
+        c, _, cycles = carry
+        c = lax.while_loop(working, step, c)
+        gradient = matrix @ c.x - linear
+        c, solved = begin(c.x, gradient, c.length, c.stuck, c.steps + 1)
+        return c, solved, cycles + 1
+
+    def unsettled(carry: tuple[Carry, jax.Array, jax.Array]) -> jax.Array:
+        c, solved, cycles = carry
+        return jnp.any(~(solved | c.stuck)) & (c.steps < steps) & (cycles < 4)
+
+    x = jnp.zeros((m, k), dtype) if start is None else start
+    gradient = -linear if start is None else matrix @ x - linear
+    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((1, k), bool)
+    first, solved = begin(x, gradient, jnp.ones((1, k), dtype), no, zero)
+    c, solved, _ = lax.while_loop(unsettled, verify, (first, solved, zero))
+    return c.x, solved
+
+
+def active_set(
+    matrix: jax.Array,
+    linear: jax.Array,
+    allowed: jax.Array,
+    scale: jax.Array,
+    start: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a primal active-set method on every row of ``linear``, (k, m).
+
+    Keeps ``x`` feasible. Each round solves for the minimiser on the free variables, moves
+    towards it as far as signs allow and fixes the variables that block; a minimiser that
+    is reached frees the variable with the most negative multiplier. The objective falls
+    whenever the free set changes at a minimiser, so no set returns; a bound of ``4 m + 20``
+    rounds makes this certain under rounding as well, and the best iterate seen is returned.
+
+    Equations of a face that refinement does not bring nearer to their solution have none:
+    along a null vector of the face the objective falls. Where no sign blocks that way, the
+    problem is unbounded, and a far point on it is returned.
+
+    Returns:
+      A pair of x, (k, m), and a bool (k,) that marks unbounded problems.
+    """
+    k, m = linear.shape
+    dtype = matrix.dtype
+    eps = float(jnp.finfo(dtype).eps)
     # Makes faces of dependent rows solvable; the refinement steps take its effect out.
     ridge = 10 * m * eps
     tolerance = 10 * m * eps
     identity = jnp.eye(m, dtype=dtype)
 
-    def minimise_on(free: jax.Array, gradient: jax.Array) -> jax.Array:
+    def minimise_on(free: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         pair = free[:, :, None] & free[:, None, :]
-        diagonal = jnp.where(free, ridge, 1)[:, :, None] * identity
-        face = jnp.where(pair, matrix, 0) + diagonal
+        diagonal = jnp.where(free, ridge, 1)[:, :, None] * identity[None]
+        face = jnp.where(pair, matrix[None], 0) + diagonal
         factor = lax.linalg.cholesky(face, symmetrize_input=False)
 
         def solve(rhs: jax.Array) -> jax.Array:
             return jax.scipy.linalg.cho_solve((factor, True), rhs[..., None])[..., 0]
 
+        class Refined(NamedTuple):
+            step: jax.Array  # (k, m)
+            rest: jax.Array  # (k, m) what the equations lack
+            lacking: jax.Array  # (k,) its size
+            idle: jax.Array  # (k,) bool: the last refinement did not help
+            times: jax.Array  # ()
+
         # Triangular solves cost as much as the factor: refine only where the ridge shows.
-        def left(step: jax.Array) -> jax.Array:
-            return jnp.where(free, gradient - step @ matrix, 0)
+        def imprecise(c: Refined) -> jax.Array:
+            size = scale + jnp.max(jnp.abs(c.step), -1)
+            return jnp.any(c.lacking > eps * size) & (c.times < 3)
 
-        def imprecise(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            step, rest, count = carry
-            size = jnp.max(jnp.abs(linear), -1, keepdims=True)
-            size += jnp.max(jnp.abs(step), -1, keepdims=True)
-            return jnp.any(jnp.abs(rest) > eps * size) & (count < 3)
+        def refine(c: Refined) -> Refined:
+            step = jnp.where(free, c.step + solve(c.rest), 0)
+            rest = jnp.where(free, gradient - step @ matrix, 0)
+            lacking = jnp.max(jnp.abs(rest), -1)
+            return Refined(step, rest, lacking, lacking > 0.9 * c.lacking, c.times + 1)
 
-        def refine(
-            carry: tuple[jax.Array, jax.Array, jax.Array],
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            step, rest, count = carry
-            step = jnp.where(free, step + solve(rest), 0)
-            return step, left(step), count + 1
+        rest = jnp.where(free, gradient, 0)
+        lacking = jnp.max(jnp.abs(rest), -1)
+        no = jnp.zeros((k,), bool)
+        first = Refined(jnp.zeros_like(rest), rest, lacking, no, jnp.zeros((), jnp.int32))
+        last = lax.while_loop(imprecise, refine, first)
+        size = scale + jnp.max(jnp.abs(last.step), -1)
+        return last.step, last.idle & (last.lacking > 2 * m * eps * size)
 
-        start = (jnp.zeros_like(gradient), left(jnp.zeros_like(gradient)), jnp.zeros((), jnp.int32))
-        return lax.while_loop(imprecise, refine, start)[0]
+    def residual_of(x: jax.Array) -> jax.Array:
+        return kkt_residual(matrix, jnp.where(allowed, linear, x @ matrix), x, scale)
 
     class Carry(NamedTuple):
         x: jax.Array  # (k, m)
@@ -136,13 +239,14 @@ def nonneg_qp(
         done: jax.Array  # (k,) bool
         best: jax.Array  # (k, m)
         residual: jax.Array  # (k,)
+        unbounded: jax.Array  # (k,) bool
         rounds: jax.Array  # ()
 
     def unfinished(c: Carry) -> jax.Array:
         return jnp.any(~c.done) & (c.rounds < 4 * m + 20)
 
     def improve(c: Carry) -> Carry:
-        step = minimise_on(c.free, linear - c.x @ matrix)
+        step, inconsistent = minimise_on(c.free, linear - c.x @ matrix)
         falling = c.free & (step < 0)
         reach = jnp.where(falling, -c.x / jnp.where(falling, step, -1), jnp.inf)
         length = jnp.minimum(jnp.min(reach, -1, keepdims=True), 1)
@@ -152,31 +256,145 @@ def nonneg_qp(
         free = c.free & ~hit
         downhill = jnp.where(allowed & ~free, linear - x @ matrix, -jnp.inf)
         steepest = jnp.max(downhill, -1, keepdims=True)
-        size = jnp.max(jnp.abs(linear), -1, keepdims=True) + jnp.max(x, -1, keepdims=True)
+        size = scale[:, None] + jnp.max(x, -1, keepdims=True)
         optimal = steepest <= tolerance * size
         free = free | (~blocked & ~optimal & (downhill == steepest))
-        residual = kkt_residual(matrix, jnp.where(allowed, linear, x @ matrix), x)
-        better = ~c.done & (residual < c.residual)
+        residual = residual_of(x)
+        unbounded = ~c.done & inconsistent & ~blocked[:, 0]
+        better = ~c.done & (residual < c.residual) | unbounded
         # A face whose equations are not yet solved to rounding gets another round.
         settled = (residual <= tolerance) | (residual >= c.residual)
         go_on = ~c.done[:, None]
         return Carry(
             x=jnp.where(go_on, x, c.x),
             free=jnp.where(go_on, free, c.free),
-            done=c.done | ((~blocked & optimal)[:, 0] & settled),
+            done=c.done | ((~blocked & optimal)[:, 0] & settled) | unbounded,
             best=jnp.where(better[:, None], x, c.best),
             residual=jnp.where(better, residual, c.residual),
+            unbounded=c.unbounded | unbounded,
             rounds=c.rounds + 1,
         )
 
-    k = linear.shape[0]
     first = Carry(
-        x=x,
-        free=x > 0,
+        x=start,
+        free=start > 0,
         done=jnp.zeros((k,), bool),
-        best=x,
-        residual=jnp.full((k,), jnp.inf, dtype),
+        best=start,
+        residual=residual_of(start),
+        unbounded=jnp.zeros((k,), bool),
         rounds=jnp.zeros((), jnp.int32),
     )
     last = lax.while_loop(unfinished, improve, first)
-    return Solution(last.best, last.residual)
+    return last.best, last.unbounded
+
+
+def _in_blocks(
+    solve: Callable[..., tuple[jax.Array, jax.Array]],
+    linear: jax.Array,
+    scale: jax.Array,
+    start: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Solves large problems some columns at a time.
+
+    A block stops when its own problems are solved, and its arrays fit the caches.
+    """
+    m, k = linear.shape
+    if m <= _SMALL or k <= _BLOCK:
+        return solve(linear, scale, start)
+    blocks = -(-k // _BLOCK)
+
+    def split(columns: jax.Array) -> jax.Array:
+        padded = jnp.pad(columns, ((0, 0), (0, blocks * _BLOCK - k)))
+        return padded.reshape(-1, blocks, _BLOCK).swapaxes(0, 1)
+
+    def join(found: jax.Array) -> jax.Array:
+        return found.swapaxes(0, 1).reshape(-1, blocks * _BLOCK)[:, :k]
+
+    args = (split(linear), split(scale), None if start is None else split(start))
+    x, solved = lax.map(lambda block: solve(*block), args)
+    return join(x), join(solved)
+
+
+def nonneg_qp(
+    matrix: jax.Array,
+    linear: jax.Array,
+    *,
+    allowed: jax.Array | None = None,
+    scale: jax.Array | None = None,
+    start: jax.Array | None = None,
+    steps: int | None = None,
+    chunk_size: int | None = None,
+) -> Solution:
+    """Solves ``argmin_{x >= 0} x^T Q x / 2 - b^T x`` for every row b of ``linear``.
+
+    ``Q`` may be singular as long as the problem is bounded (b in its range, as in every
+    problem of this package); any minimiser may then be returned. It should be scaled to
+    a diagonal near 1: then the accuracy does not depend on the scale of the tasks. The
+    scale of b has no effect on the accuracy.
+
+    Conjugate gradients on all problems at once, then the active-set method on those that
+    are not solved to rounding. A problem found to be unbounded has an infinite residual; its
+    value is a far point on a ray along which the objective falls.
+
+    Args:
+      matrix: Q, (m, m), symmetric positive semi-definite, of floating point.
+      linear: (k, m), one right-hand side per row.
+      allowed: Bool, broadcastable to (k, m); False fixes a variable at zero.
+      scale: (k,), positive, what the accuracy is relative to, beside the entries of x; the
+        largest entry of b if None. Where b is a difference that cancels, the size of what
+        was subtracted says how much of b is rounding.
+      start: (k, m) feasible starting points; zero if None.
+      steps: Largest number of conjugate-gradient steps, by default ``2 m + 50``.
+      chunk_size: How many problems the active-set method factors at a time; by default as
+        many as keep its arrays below 150 MB. The results do not depend on it.
+
+    Returns:
+      `Solution` with value (k, m) and residual (k,).
+
+    >>> import jax.numpy as jnp
+    >>> from jaxmtl.solvers import nonneg_qp
+    >>> print(*nonneg_qp(jnp.eye(2), jnp.array([[2.0, -1.0]])).value[0])
+    2.0 0.0
+    """
+    (k, m), dtype = linear.shape, matrix.dtype
+    if chunk_size is None:
+        chunk_size = _CHUNK_BYTES // (m * m * dtype.itemsize)
+    size = max(min(chunk_size, k), 1)
+    allowed = jnp.ones((k, m), bool) if allowed is None else jnp.broadcast_to(allowed, (k, m))
+    if scale is None:
+        scale = jnp.max(jnp.abs(jnp.where(allowed, linear, 0)), -1)
+    # A power of two brings the problem near 1 and changes no digit.
+    exponent = jnp.where(scale > 0, jnp.frexp(scale)[1], 0)[:, None]
+    scale = jnp.ldexp(scale, -exponent[:, 0])
+    scaled = jnp.where(allowed, jnp.ldexp(linear, -exponent), 0)
+    start = None if start is None else jnp.ldexp(start, -exponent)
+    found, solved = _in_blocks(
+        partial(conjugate_gradients, matrix, steps=2 * m + 50 if steps is None else steps),
+        jnp.where(allowed, scaled, -1 / float(jnp.finfo(dtype).eps)).T,
+        scale[None],
+        None if start is None else start.T,
+    )
+
+    # A loop of no rounds, unlike a branch, costs nothing under vmap when all are solved.
+    class Carry(NamedTuple):
+        x: jax.Array  # (k, m)
+        open: jax.Array  # (k,) bool: not yet solved
+        unbounded: jax.Array  # (k,) bool
+
+    def take_on(c: Carry) -> Carry:
+        chosen = lax.top_k(c.open.astype(jnp.int32), size)[1]
+        x, unbounded = active_set(
+            matrix, scaled[chosen], allowed[chosen], scale[chosen], c.x[chosen]
+        )
+        x = jnp.where(c.open[chosen][:, None], x, c.x[chosen])
+        return Carry(
+            c.x.at[chosen].set(x),
+            c.open.at[chosen].set(False),
+            c.unbounded.at[chosen].set(c.open[chosen] & unbounded | c.unbounded[chosen]),
+        )
+
+    first = Carry(found.T, ~solved[0], jnp.zeros((k,), bool))
+    last = lax.while_loop(lambda c: jnp.any(c.open), take_on, first)
+    x = last.x
+    residual = kkt_residual(matrix, jnp.where(allowed, scaled, x @ matrix), x, scale)
+    return Solution(jnp.ldexp(x, exponent), jnp.where(last.unbounded, jnp.inf, residual))

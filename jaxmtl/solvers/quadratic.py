@@ -57,7 +57,7 @@ def min_norm(gramian: jax.Array, mask: jax.Array | None = None) -> Solution:
     usable = mask & ~zero
     smallest = jnp.min(jnp.where(usable, norms, jnp.inf))
     h = jnp.where(usable, smallest / norms, 0)
-    x, residual = nonneg_qp(unit + h[:, None] * h[None, :], h[None], allowed=usable)
+    x, residual = nonneg_qp(unit + h[:, None] * h[None, :], h[None], allowed=usable[None])
     raw = jnp.where(usable, x[0] / norms, 0)
     total = jnp.sum(raw)
     weights = raw / jnp.where(total > 0, total, 1)
@@ -93,12 +93,15 @@ def project_dual_cone(
     """
     unit, norms, zero = row_normalized(gramian)
     usable = ~zero if mask is None else mask & ~zero
-    bounds = jnp.where(usable, jnp.atleast_2d(lower) * norms, 0)  # of x = D v
+    lower = jnp.asarray(lower)
+    bounds = jnp.where(usable[None], jnp.atleast_2d(lower) * norms[None], 0)  # of x = D v
     largest = jnp.max(bounds, -1, keepdims=True)
     bounds = bounds / jnp.where(largest > 0, largest, 1)
-    y, residual = nonneg_qp(unit, -bounds @ unit, allowed=usable)
-    value = lower + jnp.reshape(jnp.where(usable, y * largest / norms, 0), jnp.shape(lower))
-    return Solution(value, residual if jnp.ndim(lower) == 2 else residual[0])
+    # Where the gradients cancel, the slopes -bounds @ unit are rounding of size eps.
+    scale = jnp.ones_like(largest[:, 0])
+    y, residual = nonneg_qp(unit, -bounds @ unit, allowed=usable[None], scale=scale)
+    value = lower + jnp.where(usable[None], y * largest / norms[None], 0).reshape(lower.shape)
+    return Solution(value, residual if lower.ndim == 2 else residual[0])
 
 
 def project_simplex(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:

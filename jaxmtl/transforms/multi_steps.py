@@ -163,7 +163,7 @@ def multi_steps(
         step = jnp.zeros((), jnp.int32)
         means = {name: mean(name) for name in shapes}
         rows = Mean(linalg.zero_rows(params, m), jnp.zeros((m,), jnp.int32))
-        return MultiStepsState(step, step, rows, means, state)
+        return tasks.own_buffers(MultiStepsState(step, step, rows, means, state))
 
     def read(extra: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         inputs, last = {}, {}
@@ -226,6 +226,7 @@ def multi_steps(
                 passed["task_mask"] = new_rows.seen > 0
             old = state.inner.inner if counted else state.inner
             result, new = chain.update(new_rows.value, old, params, **passed, **last)
+            checks.check_shapes_stay(old, new)
             checks.check_updates(params, result)
             new = state.inner._replace(inner=new) if counted else new
             return result, jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), new, state.inner)

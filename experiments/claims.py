@@ -1,0 +1,56 @@
+"""What papers claim beside what records say: verdicts, means with errors."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Claim(NamedTuple):
+    """One statement of a paper and what became of it here."""
+
+    claim: str  # what the paper says, in a sentence
+    source: str  # paper and table, figure or theorem
+    paper: str  # its number; "" where it gives none
+    ours: str  # the same quantity here, mean ± standard error
+    verdict: str  # one of VERDICTS, decided by the records and not by hand
+
+
+VERDICTS = ("reproduced", "partly", "not")
+
+
+def judge(conditions: Iterable[bool]) -> str:
+    """Returns the verdict: every condition of a claim holds, some do, or none."""
+    held = list(conditions)
+    return "reproduced" if all(held) else "partly" if any(held) else "not"
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Returns mean and standard error of the mean (nan for a single value)."""
+    n = len(values)
+    error = np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    return float(np.mean(values)), float(error)
+
+
+def above_error(values: Sequence[float]) -> bool:
+    """Tells whether the mean is positive by more than its standard error."""
+    mean, error = mean_and_error(values)
+    return mean > error
+
+
+def show(values: Sequence[float], *, digits: int, sign: str = "") -> str:
+    """Returns "mean ± standard error"; with ``sign="+"`` the mean has its sign."""
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+
+
+def listed(
+    values: Mapping[str, Any], text: Callable[[Any], str] = str, separator: str = "; "
+) -> str:
+    """Returns "name value" of all."""
+    return separator.join(f"{name} {text(value)}" for name, value in values.items())
+
+
+def claim(text: str, source: str, ours: str, conditions: Iterable[bool], paper: str = "") -> Claim:
+    """Returns a claim with the verdict of its conditions."""
+    return Claim(text, source, paper, ours, judge(conditions))
