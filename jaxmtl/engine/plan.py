@@ -85,7 +85,7 @@ def make_plan(
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
         _choose(group, views, (num_examples, diagonal), leaf_size, mixed=len(counted) > 1)
         if True in counted:
-            _measure(group, program, num_examples)
+            _measure(group, program, num_examples, diagonal)
         else:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
@@ -202,9 +202,7 @@ def _costs(
     products = n if diagonal else n * n
     by_factors = 0.0
     for i, j in pairings:
-        entries, operations = _of_pair(parts[i], parts[j], n)
-        if diagonal:  # of the n * n pairs of examples, n
-            entries, operations = entries // n, operations // n
+        entries, operations = _of_pair(parts[i], parts[j], products)
         by_factors += operations + _MEMORY_COST * (2 * entries if entries > products else 0)
     by_rows = 2.0 * products * leaf_size + _MEMORY_COST * 2 * n * leaf_size
     for use in group.uses:
@@ -219,23 +217,30 @@ def _costs(
     return by_factors, by_rows
 
 
-def _of_pair(a: Part, b: Part, n: int) -> tuple[int, int]:
-    """Returns the entries of a table of inner products of two parts, and the operations on it."""
+def _of_pair(a: Part, b: Part, products: int) -> tuple[int, int]:
+    """Returns the entries of a table of inner products of two parts, and the operations on it.
+
+    Args:
+      a: A part.
+      b: Another, or the same.
+      products: How many pairs of examples are compared.
+    """
 
     def size(axes: Sequence[int]) -> int:
         return math.prod(a.value.shape[axis] for axis in axes)
 
     left, right = map(size, a.layout.own)
     width = right + (left if a.factors.lookup is None else 0)
-    entries = n * n * a.num_positions() * b.num_positions() * size(a.layout.shared)
+    entries = products * a.num_positions() * b.num_positions() * size(a.layout.shared)
     entries *= 1 if a is b else 2
     return entries, 2 * entries * width
 
 
-def _measure(group: Group, program: Program, n: int) -> None:
+def _measure(group: Group, program: Program, n: int, diagonal: bool) -> None:
     """Notes the operations and the memory of a group's part of the Gramian."""
+    products = n if diagonal else n * n
     if group.method == "factors":
-        found = [_of_pair(group.parts[i], group.parts[j], n) for i, j in group.pairings]
+        found = [_of_pair(group.parts[i], group.parts[j], products) for i, j in group.pairings]
         bits = max(jnp.finfo(program.leaves[leaf].aval.dtype).bits for leaf in group.leaves)
         group.operations = sum(operations for _, operations in found)
         group.memory = 2 * max(entries for entries, _ in found) * max(bits, 32) // 8
@@ -244,7 +249,7 @@ def _measure(group: Group, program: Program, n: int) -> None:
     sizes = [math.prod(aval.shape) for aval in rows]
     if group.method == "rows":
         sizes, rows = [math.prod(group.values[0].shape)], [group.values[0].aval]
-    group.operations = 2 * n * n * sum(sizes)
+    group.operations = 2 * products * sum(sizes)
     group.memory = sum(
         n * size * aval.dtype.itemsize for size, aval in zip(sizes, rows, strict=True)
     )

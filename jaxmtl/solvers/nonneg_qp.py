@@ -195,7 +195,7 @@ def active_set(
     tolerance = 10 * m * eps
     identity = jnp.eye(m, dtype=dtype)
 
-    def minimise_on(free: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def minimize_on(free: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         pair = free[:, :, None] & free[:, None, :]
         diagonal = jnp.where(free, ridge, 1)[:, :, None] * identity[None]
         face = jnp.where(pair, matrix[None], 0) + diagonal
@@ -248,7 +248,7 @@ def active_set(
         return jnp.any(~c.done) & (c.rounds < 4 * m + 20)
 
     def improve(c: Carry) -> Carry:
-        step, inconsistent = minimise_on(c.free, c.x)
+        step, inconsistent = minimize_on(c.free, c.x)
         falling = c.free & (step < 0)
         reach = jnp.where(falling, -c.x / jnp.where(falling, step, -1), jnp.inf)
         length = jnp.minimum(jnp.min(reach, -1, keepdims=True), 1)
