@@ -80,7 +80,7 @@ def second_order(equation: Equation, key: jax.Array, steps: int) -> tuple[Any, S
     parameters. Between points that stay Burgers' network would hide shocks.
     """
     stays = equation.name == "cavity"
-    options: Any = {"adaptive": True} if stays else {"momentum": 0.8}
+    options: dict[str, Any] = {"adaptive": True} if stays else {"momentum": 0.8}
     in_axes = (None, 0, 0, 0, 0)
     solver = jaxmtl.gauss_newton(equation.one_residual, in_axes=in_axes, damping=1e-2, **options)
     rate = optax.cosine_decay_schedule(0.5, steps, alpha=0.02)
@@ -116,7 +116,8 @@ def train(
 
     def stretch(carry: Any, start: jax.Array) -> tuple[Any, jax.Array]:
         def one(i: int, carry: Any) -> Any:
-            return step(*carry, start + i)
+            params, state = carry
+            return step(params, state, start + i)
 
         params, state = jax.lax.fori_loop(0, each, one, carry)
         return (params, state), reference.error(equation.solution(params, reference.points))
@@ -163,7 +164,7 @@ def draw(
         for method in ("mean", "gauss_newton"):
             fields[method] = equation.solution(trained[name, method], reference.points)
         across, along = reference.points[:, 0], reference.points[:, 1]
-        extent = [float(along.min()), float(along.max()), float(across.min()), float(across.max())]
+        extent: Any = [float(f(axis)) for axis in (along, across) for f in (jnp.min, jnp.max)]
         for axis, (title, values) in zip(axes[1:], fields.items(), strict=True):
             field = np.asarray(values)[:, 0].reshape(reference.shape)
             if name == "cavity":
@@ -196,8 +197,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, (equation, reference) in problems.items():
             for method in SOLVERS:
 
-                def run(key: jax.Array, problem: Any = (equation, reference, method)) -> Any:
-                    return train(*problem, options.steps, key)
+                def run(
+                    key: jax.Array, e: Any = equation, r: Any = reference, m: str = method
+                ) -> Any:
+                    return train(e, r, m, options.steps, key)
 
                 params, errors = jax.jit(lambda keys, run=run: jax.lax.map(run, keys))(keys)
                 trained[name, method] = jax.tree.map(lambda x: x[0], params)
