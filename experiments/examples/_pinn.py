@@ -130,7 +130,8 @@ class Reference(NamedTuple):
 
     def error(self, found: jax.Array) -> jax.Array:
         """Returns the relative L2 error of values (k, p)."""
-        return jnp.linalg.norm(found - self.values) / jnp.linalg.norm(self.values)
+        error: jax.Array = jnp.linalg.norm(found - self.values) / jnp.linalg.norm(self.values)
+        return error
 
 
 def load_reference(equation: Equation, data_dir: Path) -> Reference:
