@@ -30,7 +30,7 @@ def load_sklearn_digits(split: str, *, test_fraction: float = 0.2) -> Images:
       test_fraction: Share of the 1,797 digits that is kept for ``"test"``.
 
     Returns:
-      Images of shape (n, 8, 8), with the 17 grey levels spread over 0..255.
+      Images of shape (n, 8, 8), with the 17 gray levels spread over 0..255.
     """
     from sklearn.datasets import load_digits
 

@@ -118,6 +118,7 @@ class Report(NamedTuple):
 
     tables: Sequence[Table]
     figures: Mapping[str, Callable[[Path], None]]  # by file name, how to draw it
+    conclusion: str = ""  # the sentence that the numbers allow
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Study:
             if not args.resume:
                 path.unlink(missing_ok=True)
             fill(Results(path), part, console)
-        tables, figures = self.report(folder, args)
+        tables, figures, conclusion = self.report(folder, args)
         if not tables:
             raise SystemExit(
                 f"expected results in {folder}, got none; run without --report-only first"
@@ -187,6 +188,8 @@ class Study:
         for name, draw in figures.items():
             draw(folder / name)
             console.print(f"-> {folder / name}")
+        if conclusion:
+            console.print(conclusion)
 
 
 def fill(results: Results, part: Part, console: Console) -> None:
@@ -197,6 +200,7 @@ def fill(results: Results, part: Part, console: Console) -> None:
             f"expected the options of {results.path}, got {part.configs}; drop --resume"
         )
     jobs, done = list(part.jobs(results)), 0
+    console.print(f"{len(jobs)} jobs to do; records go to {results.path}")
     columns = SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn()
     with Progress(*columns, console=console) as bars:
         bar = bars.add_task("", total=sum(job.steps for job in jobs))

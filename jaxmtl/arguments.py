@@ -1,7 +1,7 @@
 """How all routes from losses to gradients read their arguments: as `jax.vmap` does."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxmtl.names import Aux, stack_losses
 from jaxmtl.types import PyTree
 
 
-def check_callable(fun: Callable[..., Any], what: str) -> None:
+def check_callable(fun: Any, what: str) -> None:
     """Raises a ValueError unless a function was passed."""
     if not callable(fun):
         raise ValueError(f"expected {what}, got {type(fun).__name__}; pass the function itself")
@@ -84,9 +84,7 @@ def shared_leaves(shared: Any, params: PyTree) -> tuple[bool, ...]:
     return tuple(flags)
 
 
-def call_losses(
-    losses_fn: Callable[..., Any], has_aux: bool, *args: Any, **kwargs: Any
-) -> tuple[jax.Array, Aux]:
+def call_losses(losses_fn: Any, has_aux: bool, *args: Any, **kwargs: Any) -> tuple[jax.Array, Aux]:
     """Calls a losses function; returns the losses as one array, and aux with their names.
 
     Raises:

@@ -90,6 +90,8 @@ def cr_mogm(
     ``w_k = alpha_k w_{k-1} + (1 - alpha_k) v_k`` with v_k the weights of the wrapped rule, so
     that the weights are less correlated with the noise of the step's gradients.
 
+    Use it with small batches, where the weights of `mgda`, `pcgrad` or `cagrad` follow the noise.
+
     Args:
       aggregator: Any aggregator with a ``weighting``.
       alpha: The rate: a number in [0, 1], an optax schedule (a function of the step, from 0), or
@@ -214,6 +216,8 @@ class EveryKState(NamedTuple):
 def every_k(aggregator: Aggregator, k: int, *, num_tasks: int | None = None) -> Aggregator:
     """Finds another rule's weights anew at every k-th step only and keeps them in between.
 
+    Use it where the weights are dear, many tasks or a slow solver, and change slowly.
+
     Args:
       aggregator: Any aggregator with a ``weighting``.
       k: Period, at least 1. The first step always finds weights.
@@ -301,6 +305,9 @@ def scale_rows(
     num_tasks: int | None = None,
 ) -> Aggregator:
     """Finds another rule's weights on gradients divided by their norm, loss, or both.
+
+    Use it to make a rule blind to the length of gradients or the size of losses: `mgda` with
+    ``by="norm"`` no longer favors short gradients.
 
     Args:
       aggregator: Any aggregator with a ``weighting``.

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl.separate import Losses
 from jaxmtl.types import PyTree
 
 
 def value_and_jacobian(
-    losses_fn: Callable[..., Any],
+    losses_fn: Losses,
     *,
     in_axes: tuple[Any, ...] | None = None,
     has_aux: bool = False,
@@ -20,25 +21,36 @@ def value_and_jacobian(
     """Makes a function that computes the losses and the stacked per-task gradients.
 
     Args:
-      losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)`` losses. With ``in_axes``:
+      losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)`` losses, or a dict of m scalars by
+        name, whose tasks are in the sorted order of the names. With ``in_axes``:
         ``losses_fn(params, *example, **kwargs) -> ()``, the loss of ONE example; the tasks are
         then the examples, independent by construction. A loss of shape ``(k,)`` per example makes
         ``m = B k`` tasks, those of the first example first.
+
+        For separate data a dict or tuple of functions ``loss(params, batch, **kwargs) -> ()``, one
+        per task; ``args`` is then one dict or tuple of batches of the same keys, of any shapes. A
+        batch that is a tuple is one argument. Each loss costs one forward and one backward pass on
+        its own batch; keywords go to every loss that names them.
       in_axes: None, or a tuple like that of `jax.vmap` over ``(params, *args)``; keyword arguments
         are not batched. In the entry for params, None (or a tree with None) stands for what
         examples share, 0 for leaves ``(B, *s)`` of which each example has a slice: a head per task.
-      has_aux: Whether ``losses_fn`` returns ``(losses, aux)``. With ``in_axes``, aux is stacked.
+        Separate batches of equal shape, stacked, are such examples, one per task: ``in_axes=
+        ({"trunk": None, "heads": 0}, 0)``.
+      has_aux: Whether ``losses_fn`` returns ``(losses, aux)``. With ``in_axes``, aux is stacked;
+        of several functions each returns ``(loss, aux)``, and aux is a dict or tuple like theirs.
       chunk_size: How many gradients are computed at a time; all if None. Bounds the memory of
-        the computation (not that of the result); the result does not depend on it.
+        the computation (not that of the result); the result does not depend on it. Several
+        functions are differentiated one by one whatever it is.
 
     Returns:
       ``f(params, *args, **kwargs) -> (losses, jacobian)``, or ``((losses, aux), jacobian)``,
-      with losses of shape ``(m,)`` and leaves ``(m, *leaf.shape)`` in the dtype of the
-      parameters. Safe under jit, vmap and scan.
+      with losses of shape ``(m,)``, or a dict if they have names, and leaves ``(m, *leaf.shape)``
+      in the dtype of the parameters. Safe under jit, vmap and scan.
 
     Raises:
       ValueError: When tracing: losses of a wrong shape, parameters that are not of floating
-        point, ``in_axes`` that do not match, ``chunk_size`` that is not positive.
+        point, ``in_axes`` or keys that do not match, ``chunk_size`` that is not positive, a keyword
+        that no loss takes, ``in_axes`` with several functions.
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> losses_fn = lambda params, x: jnp.stack([jnp.sum(params**2), jnp.sum(x * params)])
@@ -48,6 +60,17 @@ def value_and_jacobian(
     >>> print(jacobian)
     [[2. 4.]
      [3. 3.]]
+
+    Two losses, each on a batch of its own:
+
+    >>> losses_fns = {"fit": lambda p, xy: (p @ xy[0] - xy[1]) ** 2, "size": lambda p, c: c * p @ p}
+    >>> batches = {"fit": (jnp.array([1.0, 0.0]), 3.0), "size": 0.5}
+    >>> losses, jacobian = jaxmtl.value_and_jacobian(losses_fns)(jnp.array([1.0, 2.0]), batches)
+    >>> print(losses["fit"], losses["size"])
+    4.0 2.5
+    >>> print(jacobian)
+    [[-4.  0.]
+     [ 1.  2.]]
     """
     several = separate.is_several(losses_fn)
     if several:

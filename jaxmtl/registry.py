@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import jax
+import optax
+
 from jaxmtl import checks
 from jaxmtl.types import Aggregator
 
@@ -57,6 +60,37 @@ class _Entry(NamedTuple):
 
 _ENTRIES: dict[str, _Entry] = {}
 
+# Types whose own name is that of a private module, by the name that users write.
+_PUBLIC = {
+    repr(kind | None).removesuffix(" | None"): public
+    for kind, public in (
+        (jax.Array, "jax.Array"),
+        (optax.GradientTransformation, "optax.GradientTransformation"),
+    )
+}
+
+
+class _Shown:
+    """An annotation that prints as users write it, in ``help`` and in the documentation."""
+
+    def __init__(self, annotation: Any):
+        plain = isinstance(annotation, type) and not hasattr(annotation, "__args__")
+        builtin = plain and annotation.__module__ == "builtins"
+        text = repr(annotation) if not plain else f"{annotation.__module__}.{annotation.__name__}"
+        text = annotation.__name__ if builtin else text
+        for private, public in _PUBLIC.items():
+            text = text.replace(private, public)
+        self.text = text.replace("collections.abc.", "")
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _readable(signature: inspect.Signature) -> inspect.Signature:
+    parameters = [p.replace(annotation=_Shown(p.annotation)) for p in signature.parameters.values()]
+    returned = _Shown(signature.return_annotation)
+    return signature.replace(parameters=parameters, return_annotation=returned)
+
 
 def method(
     update: str,
@@ -92,6 +126,7 @@ def method(
             checks.check_num_tasks(num_tasks)
             return factory(*args, **hyperparameters)
 
+        checked.__signature__ = _readable(inspect.signature(factory))  # type: ignore[attr-defined]
         _ENTRIES[name] = _Entry(checked, update, reference, properties, example, logs_weights)
         return checked  # type: ignore[return-value]
 
@@ -140,7 +175,7 @@ def methods() -> dict[str, Method]:
     >>> print(methods["famo"].needs, methods["mgda"].properties)
     ('losses', 'previous_batch_losses') ('non-conflicting', 'weighted', 'scale-free')
     >>> [name for name, method in methods.items() if not method.has_weighting][:3]
-    ['db_mtl', 'excess_mtl', 'graddrop']
+    ['bloop', 'db_mtl', 'excess_mtl']
     """
     return {name: _describe(name, entry) for name, entry in sorted(_ENTRIES.items())}
 

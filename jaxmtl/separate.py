@@ -13,6 +13,13 @@ from jaxmtl import checks, keywords
 from jaxmtl.names import Aux
 
 PyTree = Any
+# One function of all losses, or one function per task.
+Losses = (
+    Callable[..., Any]
+    | Mapping[str, Callable[..., Any]]
+    | tuple[Callable[..., Any], ...]
+    | list[Callable[..., Any]]
+)
 
 
 def is_several(losses_fn: Any) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -115,6 +116,28 @@ def test_what_is_said_of_the_table_of_prices():
             assert words in text
 
 
+def test_what_is_said_of_the_digits_is_in_the_records():
+    """The closing sentence of the second command, from the records that are committed."""
+    pytest.importorskip("rich", reason="the extra `experiments` is not installed")
+    pytest.importorskip("matplotlib", reason="the extra `experiments` is not installed")
+    from experiments.multimnist.report import conclude
+    from experiments.study import read_records
+
+    records = read_records(ROOT / "experiments" / "results" / "multimnist" / "digits.jsonl")
+    said = conclude(records)
+    assert said.startswith("No method differs from linear_scalarization")
+    assert "by more than two of its standard errors" in said
+    assert "no method differs from the mean by more than two standard errors" in README
+    # One seed of a method that is far off turns the sentence.
+    far = [dict(r, history=dict(r["history"])) for r in records]
+    for record in far:
+        if record["method"] == "mgda":
+            record["history"]["test_accuracy"] = [[0.5 + record["seed"] / 100] * 2]
+    assert conclude(far).startswith("Beyond two standard errors of linear_scalarization")
+    assert "mgda" in conclude(far)
+    assert conclude([r for r in records if r["method"] == "mgda"]) == ""
+
+
 # --- pages ------------------------------------------------------------------------------------
 
 # Each page is one program; these have tests of their own.
@@ -189,10 +212,10 @@ def test_included_pages_exist():
 def test_every_public_name_has_a_place(library_pages):
     """A method has a page, everything else an entry in the reference."""
     page = library_pages.api_page()
-    for module in ("jaxmtl", "jaxmtl.metrics", "jaxmtl.solvers", "jaxmtl.fronts"):
+    for module in ("jaxmtl", "jaxmtl.metrics", "jaxmtl.solvers", "jaxmtl.fronts", "jaxmtl.rewards"):
         section = page.partition(f": `{module}`\n")[2].partition("\n## ")[0]
         exported = library_pages.public_names(module)
-        assert len(exported) >= 4
+        assert exported
         for name in exported:
             in_methods = module == "jaxmtl" and name in jaxmtl.methods()
             entry = f"](methods/{name}.md)" if in_methods else f":: {name}\n"
@@ -294,3 +317,36 @@ def test_the_workflow_runs_what_is_run_here():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = [c.rpartition(" ")[2] for c in project["classifiers"] if "Python :: 3." in c]
     assert re.search(r"python: \[(.*)\]", text).group(1) == ", ".join(f'"{v}"' for v in versions)
+
+
+@pytest.mark.parametrize("name", jaxmtl.methods())
+def test_docstrings_say_when_to_use_a_method(name):
+    """And signatures print the names that users write."""
+    factory = getattr(jaxmtl, name)
+    before_arguments = inspect.getdoc(factory).partition("\nArgs:\n")[0]
+    assert "Use it " in before_arguments
+    printed = str(inspect.signature(factory))
+    assert not re.search(r"\b_\w+\.|<class|jaxmtl\.\w+\.", printed), printed
+    assert printed.endswith("-> jaxmtl.Aggregator")
+
+
+def test_ci_walks_the_path_of_a_newcomer_and_builds_the_site():
+    """`.ci/newcomer` runs README's and the guide's own words in a new environment."""
+    ci, newcomer = ((ROOT / ".ci" / name).read_text() for name in ("run", "newcomer"))
+    assert "\nbash .ci/newcomer\n" in ci
+    assert "-m sphinx -q -W notebooks " in ci
+    assert "twine check --strict" in ci
+    for page, words in (
+        ("README.md", "python -m pip install -e .\n"),
+        ("notebooks/guide/getting_started.md", "python -m pip install -e . flax\n"),
+    ):
+        assert page in newcomer
+        assert words in (ROOT / page).read_text()
+
+
+@pytest.mark.slow
+def test_the_path_of_a_newcomer():
+    """Within ten minutes of a quiet machine; it makes an environment of its own."""
+    command = ["bash", str(ROOT / ".ci" / "newcomer")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.rstrip().endswith("a trained model with logged weights")

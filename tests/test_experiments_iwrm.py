@@ -55,7 +55,7 @@ def test_convolutions_and_maxima_are_what_xla_computes():
         dimension_numbers=numbers,
         feature_group_count=4,
     )
-    # XLA's outputs of a channel are neighbours, ours are one for every channel, then the next.
+    # XLA's outputs of a channel are neighbors, ours are one for every channel, then the next.
     expected = expected[0].reshape(7, 6, 4, 2).swapaxes(2, 3).reshape(7, 6, 8) + grouped["b"]
     np.testing.assert_allclose(networks.depthwise(x, grouped), expected, atol=1e-4)
     np.testing.assert_array_equal(networks.pool(x, 3), nn.max_pool(x, (3, 3), (3, 3)))

@@ -46,8 +46,8 @@ def test_expected_direction_is_that_of_the_closed_form(name, rule):
     record = study.expectation_record(name)
 
     def upward(x: float, y: float) -> float:
-        point, centres = np.array([x, y]), study.CENTRES
-        pairs = [2 * (point - centres[[0, 1], [i, j]]) for i in (0, 1) for j in (0, 1)]
+        point, centers = np.array([x, y]), study.CENTERS
+        pairs = [2 * (point - centers[[0, 1], [i, j]]) for i in (0, 1) for j in (0, 1)]
         return -np.mean([rule(g)[1] for g in pairs])
 
     np.testing.assert_allclose(record["at_start"], [0, upward(0, 0.4)], atol=1e-6)

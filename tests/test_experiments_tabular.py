@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
+from scipy.io import savemat  # noqa: E402
 from sklearn.datasets import fetch_openml  # noqa: E402
 from sklearn.metrics import roc_auc_score  # noqa: E402
 from sklearn.utils import Bunch  # noqa: E402
@@ -29,7 +31,7 @@ from experiments.tabular.methods import (  # noqa: E402
 )
 from experiments.tabular.networks import MixtureOfExperts, SharedBottom  # noqa: E402
 from experiments.tabular.report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
-from experiments.tabular.train import area_under_curve, draw_order  # noqa: E402
+from experiments.tabular.train import area_under_curve, draw_order, relative_error  # noqa: E402
 from tests import methods as conformance  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("tabular")
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.xdist_group("tabular")
 # One rule of each route and with each further input.
 YEAST = ["single_task", "linear_scalarization", "famo", "track_gradients_pcgrad"]
 CENSUS = ["single_task", "linear_scalarization", "modo", "swept_scalarization"]
-NUM_SWEPT = len(swept_weights(np.array([0.1, 0.4])))
+NUM_SWEPT = len(swept_weights(2))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,112 @@ def test_yeast_from_a_folder_and_from_openml_is_the_same(tmp_path, monkeypatch):
         np.testing.assert_allclose(ours.numbers, other.numbers, rtol=1e-6)
 
 
+def write_arff(path, values, missing=None):
+    """Writes a table of numbers as multi-target sets are published, with "?" for missing ones."""
+    cells = [[repr(float(x)) for x in row] for row in values]
+    for row, column in missing or ():
+        cells[row][column] = "?"
+    lines = ["@relation made_up", *(f"@attribute a{i} numeric" for i in range(values.shape[1]))]
+    text = "\n".join([*lines, "@data", *map(",".join, cells)]) + "\n"
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt") as file:
+        file.write(text)
+
+
+def check_regression(split, rows, num_inputs):
+    """The parts hold every row once; inputs and targets are standardized by the training rows."""
+    assert split.regression
+    parts = split[:3]
+    for i, name in ((0, "numbers"), (1, "labels")):
+        values = np.split(rows, [num_inputs], axis=1)[i]
+        got = np.concatenate([np.asarray(getattr(part, name)) for part in parts])
+        assert got.shape == values.shape
+        # Standardization is affine in each column: sorted, they lie on a line.
+        for column in range(values.shape[1]):
+            before, after = np.sort(values[:, column]), np.sort(got[:, column])
+            line = np.polyval(np.polyfit(before, after, 1), before)
+            np.testing.assert_allclose(line, after, atol=1e-4)
+        train = np.asarray(getattr(split.train, name))
+        np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
+        np.testing.assert_allclose(train.std(axis=0), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "inputs", "tasks"),
+    [("rf1", "rf1.arff.gz", 64, 8), ("water_quality", "wq.arff", 16, 14)],
+)
+def test_multi_target_files_are_read_and_incomplete_rows_dropped(
+    tmp_path, dataset, name, inputs, tasks
+):
+    rows = np.random.default_rng(0).normal(3, 5, (27, inputs + tasks))
+    write_arff(tmp_path / name, rows, missing=[(4, 9), (11, 0)])
+    split = tables.load_arff(dataset, tmp_path)
+    assert [len(part.labels) for part in split[:3]] == [15, 5, 5]
+    assert len(split.tasks) == split.train.labels.shape[1] == tasks
+    check_regression(split, np.delete(rows, [4, 11], axis=0), inputs)
+    write_arff(tmp_path / name, rows[:, 1:])
+    with pytest.raises(ValueError, match=f"expected {inputs} inputs and {tasks} targets"):
+        tables.load_arff(dataset, tmp_path)
+
+
+def test_sarcos_is_split_or_tested_on_the_published_rows(tmp_path):
+    rows = np.random.default_rng(1).normal(-1, 2, (30, 28))
+    savemat(tmp_path / "sarcos_inv_test.mat", {"sarcos_inv_test": rows[20:]})
+    split = tables.load_sarcos(tmp_path)
+    assert [len(part.labels) for part in split[:3]] == [6, 2, 2]
+    check_regression(split, rows[20:], 21)
+    savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": rows[:20]})
+    split = tables.load_sarcos(tmp_path)
+    assert [len(part.labels) for part in split[:3]] == [16, 4, 10]
+    targets = np.asarray(split.test.labels)
+    np.testing.assert_array_equal(targets.argsort(axis=0), rows[20:, 21:].argsort(axis=0))
+    savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": rows[:20, :27]})
+    with pytest.raises(ValueError, match="expected as many columns in both files"):
+        tables.load_sarcos(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [None, "."])
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [
+        (tables.load_sarcos, "sarcos_inv_test.mat"),
+        (partial(tables.load_arff, "rf1"), "rf1.arff"),
+        (partial(tables.load_arff, "water_quality"), "wq.arff"),
+    ],
+)
+def test_a_missing_regression_says_which_file_and_where(load, name, folder, tmp_path):
+    where = folder and tmp_path
+    with pytest.raises(FileNotFoundError, match=f"expected {name}.*--data-dir"):
+        load(where)
+
+
+def test_relative_error_is_that_of_the_mean_of_training():
+    rng = np.random.default_rng(0)
+    targets = rng.normal(size=(50, 3))
+    outputs = np.stack([np.zeros((50, 3)), targets, 3 * targets])
+    np.testing.assert_allclose(
+        relative_error(outputs, targets), [[1] * 3, [0] * 3, [2] * 3], atol=1e-12
+    )
+
+
+def test_a_regression_is_trained_chosen_and_reported_by_its_error(tmp_path, capsys):
+    start = ["--smoke", "--out", str(tmp_path), "--datasets", "water_quality"]
+    tabular.study.main([*start, "--methods", "single_task", "linear_scalarization", "mgda"])
+    records = {r["method"]: r for r in records_in(tmp_path, "water_quality")}
+    for record in records.values():
+        assert np.shape(record["test_rrmse"]) == (2, 14)
+        assert np.isfinite(record["test_rrmse"]).all()
+        assert "test_auc" not in record
+    mgda = records["mgda"]
+    means = np.array(mgda["validation_means"])  # (checkpoints, rates): the least was taken
+    np.testing.assert_allclose(np.mean(mgda["validation_rrmse"]), means.min(), atol=1e-4)
+    text = capsys.readouterr().out
+    assert "RRMSE %" in text
+    assert (tmp_path / "tabular" / "water_quality.png").stat().st_size > 10_000
+    worse = {"test_rrmse": (2 * np.array(mgda["test_rrmse"])).tolist(), "setting": None}
+    assert (drops(worse, mgda) > 50).all()  # a larger error is a loss
+    assert mean_ranks({"a": mgda, "b": worse}) == {"a": 1.0, "b": 2.0}
+
+
 def test_the_download_asks_for_arguments_that_scikit_learn_has(monkeypatch):
     from inspect import signature
 
@@ -321,9 +429,9 @@ def test_epochs_visit_rows_once_in_an_order_of_their_seed():
     assert (draw_order(jax.random.key(1), num_examples=23, steps=4, epochs=2) != order).any()
 
 
-def test_swept_weights_are_distinct_and_favour_rare_labels():
-    for shares in (np.array([0.1, 0.4]), np.linspace(0.02, 0.5, 14)):
-        weights = swept_weights(shares)
+def test_swept_weights_are_distinct_and_favor_rare_labels():
+    shares = np.linspace(0.02, 0.5, 14)
+    for weights in (swept_weights(2), swept_weights(7), swept_weights(14, shares)):
         np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-12)
         assert (weights > 0).all()
         assert len(np.unique(weights, axis=0)) == len(weights)

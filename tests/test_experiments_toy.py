@@ -48,7 +48,7 @@ def test_logarithms_have_a_floor(x64):
 
 def test_weighted_optima_are_those_of_two_nested_scans():
     alphas = np.array([0.0, 0.1, 0.5, 0.7, 1.0])
-    got = landscape.minimise_weighted(alphas)
+    got = landscape.minimize_weighted(alphas)
     # In the bowls the weighted sum is a product of shares: x1 does not depend on x2.
     np.testing.assert_allclose(got[:, 0], 14 * alphas - 7, atol=1e-3)
     depth = np.linspace(-12, 0, 1_200_001)
@@ -76,11 +76,11 @@ def test_no_point_of_a_dense_grid_dominates_the_front(x64):
 
 def test_printed_forms_have_another_front_or_none():
     alphas = np.array([0.1, 0.5])
-    published = landscape.minimise_weighted(alphas)
+    published = landscape.minimize_weighted(alphas)
     assert published[1, 1] == pytest.approx(-8.3551, abs=2e-4)  # their bar lies at -8.3552
-    bottomless = landscape.minimise_weighted(alphas, landscape.FORMS["MoCo, printed"])
+    bottomless = landscape.minimize_weighted(alphas, landscape.FORMS["MoCo, printed"])
     np.testing.assert_allclose(bottomless[:, 1], -12, atol=1e-3)  # the edge of the search
-    mirrored = landscape.minimise_weighted(alphas, landscape.FORMS["Aligned-MTL, printed"])
+    mirrored = landscape.minimize_weighted(alphas, landscape.FORMS["Aligned-MTL, printed"])
     np.testing.assert_allclose(mirrored, published * [-1, 1], atol=1e-3)
 
 
@@ -154,7 +154,7 @@ def test_report_without_results_says_what_is_missing(tmp_path):
 
 
 def test_verdicts_follow_the_records():
-    optimum = landscape.minimise_weighted(np.array([0.5]))[0]
+    optimum = landscape.minimize_weighted(np.array([0.5]))[0]
     stuck = [5.0, 9.0]
     starts = toy.PRESETS["moco_1"].options.starts
     config = {"starts": [list(start) for start in starts], "alphas": [0.5], "seeds": 2}

@@ -10,7 +10,10 @@ nbclient = pytest.importorskip("nbclient", reason="the extra `test` is not insta
 pytest.importorskip("sklearn", reason="the extra `experiments` is not installed")
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-NAMES = ("quickstart", "rules_tour", "instance_wise", "balancing")
+NAMES = (
+    *("quickstart", "rules_tour", "instance_wise", "balancing"),
+    *("flax", "choosing", "pareto_front", "physics"),
+)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 pytestmark = pytest.mark.xdist_group("notebooks")
 
@@ -57,6 +60,9 @@ def test_committed_notebook(name):
         assert not cell.metadata
         assert {out.output_type for out in cell.outputs} <= {"stream", "display_data"}
         assert all(out.name == "stdout" for out in cell.outputs if out.output_type == "stream")
+    imports = any("from experiments" in cell.source for cell in cells)
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert not imports or "run\nthis notebook from a clone" in prose
     assert not re.search(r"Warning|Traceback|/home/|/work/|/tmp/|/usr/", "".join(texts(cells)))
 
 

@@ -146,10 +146,15 @@ def test_shared_leaves_and_heads(chunk_size, shared, x64):
             close(grads[name], jax.tree.map(lambda x, w=w: jnp.tensordot(w, x, 1), jacobian[name]))
 
 
+def shares(gramian):
+    """A rule without a solver."""
+    return jnp.diagonal(gramian) / jnp.trace(gramian)
+
+
 RULES = {
-    "upgrad": lambda: jaxmtl.upgrad(num_tasks=3),
+    "mgda": lambda: jaxmtl.mgda(num_tasks=3),
     "dwa": lambda: jaxmtl.dwa(num_tasks=3),
-    "every_k": lambda: jaxmtl.every_k(jaxmtl.nash_mtl(num_tasks=3), 2, num_tasks=3),
+    "every_k": lambda: jaxmtl.every_k(jaxmtl.imtl_g(num_tasks=3), 2, num_tasks=3),
 }
 
 
@@ -159,11 +164,12 @@ def test_value_and_grad_is_the_jacobian_route(rule, chunk_size, x64):
     params, batches = problem()
     aggregator = RULES[rule]()
     step = jax.jit(jaxmtl.value_and_grad(LOSSES, aggregator, chunk_size=chunk_size))
+    jacobian_of, update_of = jax.jit(jaxmtl.value_and_jacobian(LOSSES)), jax.jit(aggregator.update)
     one, other = aggregator.init(params), aggregator.init(params)
     for _ in range(3):
         (losses, one), grads = step(params, one, batches)
-        found, jacobian = jaxmtl.value_and_jacobian(LOSSES)(params, batches)
-        update, other = aggregator.update(jacobian, other, params, losses=found)
+        found, jacobian = jacobian_of(params, batches)
+        update, other = update_of(jacobian, other, params, losses=found)
         close(grads, update, 1e-9)
         close(one, other, 1e-9)
         assert tuple(losses) == NAMES
@@ -171,7 +177,7 @@ def test_value_and_grad_is_the_jacobian_route(rule, chunk_size, x64):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_in_float32_at_extreme_scales(scale):
     params, batches = jax.tree.map(jnp.float32, problem())
     functions = {name: lambda p, b, f=f: jnp.float32(scale) * f(p, b) for name, f in LOSSES.items()}
@@ -184,10 +190,26 @@ def test_in_float32_at_extreme_scales(scale):
     chex.assert_trees_all_equal_dtypes(pullback(jnp.ones(3)), params)
 
 
+@pytest.mark.parametrize(("chunk_size", "log2"), [(None, 90), (1, 90), (1, -90)])
+def test_a_step_in_float32_is_the_same_at_every_scale(chunk_size, log2):
+    """Squares of the gradient of one task lie outside the format."""
+    params, batches = jax.tree.map(jnp.float32, problem())
+    scale, rule = jnp.float32(2.0**log2), jaxmtl.from_weighting(shares)
+    functions = LOSSES | {"depth": lambda p, b: scale * loss_depth(p, b)}
+    step = jax.jit(jaxmtl.value_and_grad(functions, rule, chunk_size=chunk_size))
+    (_, state), grads = step(params, rule.init(params), batches)
+    _, jacobian = jax.jit(jaxmtl.value_and_jacobian(functions))(params, batches)
+    expected, other = jax.jit(rule.update)(jacobian, rule.init(params), params)
+    assert int(state.mtl_skipped) == int(other.mtl_skipped) == 0
+    top = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected))
+    for found, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * top)
+
+
 def test_parameters_narrower_than_float32():
     params, batches = jax.tree.map(jnp.bfloat16, problem())
-    _, gramian, pullback = jaxmtl.value_and_gramian(LOSSES)(params, batches)
-    _, jacobian = jaxmtl.value_and_jacobian(LOSSES)(params, batches)
+    _, gramian, pullback = jax.jit(jaxmtl.value_and_gramian(LOSSES))(params, batches)
+    _, jacobian = jax.jit(jaxmtl.value_and_jacobian(LOSSES))(params, batches)
     rows = flat(jax.tree.map(jnp.float32, jacobian))
     np.testing.assert_allclose(gramian, rows @ rows.T, rtol=1e-5)
     chex.assert_trees_all_equal_dtypes(pullback(jnp.ones(3)), params)
@@ -203,13 +225,15 @@ def test_aux_of_each_loss(x64):
         )
 
     functions = {name: with_aux(name) for name in NAMES}
-    (losses, aux), _ = jaxmtl.value_and_jacobian(functions, has_aux=True)(params, batches)
-    (again, same), _, _ = jaxmtl.value_and_gramian(functions, has_aux=True)(params, batches)
+    rows_of = jax.jit(jaxmtl.value_and_jacobian(functions, has_aux=True))
+    gramian_of = jax.jit(jaxmtl.value_and_gramian(functions, has_aux=True))
+    (losses, aux), _ = rows_of(params, batches)
+    (again, same), _, _ = gramian_of(params, batches)
     assert {name: int(aux[name]["of"]) for name in NAMES} == {"depth": 28, "edges": 60, "prior": 2}
     close(same, aux)
     close(again, losses)
-    rule = jaxmtl.mgda()
-    step = jaxmtl.value_and_grad(tuple(functions.values()), rule, has_aux=True)
+    rule = jaxmtl.from_weighting(shares)
+    step = jax.jit(jaxmtl.value_and_grad(tuple(functions.values()), rule, has_aux=True))
     ((losses, aux), _), _ = step(params, rule.init(params), tuple(batches[n] for n in NAMES))
     assert losses.shape == (3,)
     assert isinstance(aux, tuple)
@@ -347,7 +371,7 @@ def trunk_and_heads(m, equal, width=48, size=32):
 
         return of_batch
 
-    sizes = [size if equal else 24 + 4 * i for i in range(m)]
+    sizes = [size if equal or i % 2 else size + 12 for i in range(m)]
     batches = tuple((jnp.ones((n, width)), jnp.ones(n)) for n in sizes)
     return jax.tree.map(jnp.float32, params), tuple(map(loss, range(m))), batches
 
@@ -357,10 +381,9 @@ def trunk_and_heads(m, equal, width=48, size=32):
 def test_a_step_costs_the_gradients_and_the_gramian(m, equal):
     params, functions, batches = trunk_and_heads(m, equal)
     n = sum(x.size for x in jax.tree.leaves(params))
-    pairs = list(zip(functions, batches, strict=True))
-    pairs = pairs[:1] if equal else pairs
-    singles = sum(flops(jax.value_and_grad(f), params, b) for f, b in pairs) * m / len(pairs)
-    rule = jaxmtl.from_weighting(lambda gramian: jnp.diagonal(gramian))  # without a solver's cost
+    pairs = list(zip(functions, batches, strict=True))[:2]  # and so on in turn
+    singles = sum(flops(jax.value_and_grad(f), params, b) for f, b in pairs) * m / 2
+    rule = jaxmtl.from_weighting(shares)
     step = flops(jaxmtl.value_and_grad(functions, rule), params, rule.init(params), batches)
     assert step <= 1.1 * singles + 2 * m**2 * n + 2 * m * n
     assert flops(jaxmtl.value_and_jacobian(functions), params, batches) <= 1.01 * singles
@@ -443,7 +466,7 @@ def test_keywords_go_to_every_loss_that_names_them(x64):
     options = {"scale": 3.0, "floor": 2.0}
     close(jaxmtl.value_and_jacobian(LOSSES)(params, batches, **options)[0], expected)
     close(jaxmtl.value_and_gramian(LOSSES)(params, batches, **options)[0], expected)
-    rule = jaxmtl.mgda()
+    rule = jaxmtl.linear_scalarization()
     step = jaxmtl.value_and_grad(LOSSES, rule)
     close(step(params, rule.init(params), batches, **options)[0][0], expected)
     jaxmtl.explain(LOSSES, params, batches, **options)
@@ -488,7 +511,7 @@ ONES = jnp.ones(2)
         ({"a": lambda p, b: 1}, ({"a": ONES},), {}, "a floating point loss of 'a', got int32"),
         ({"a": lambda p, b: (1.0, b)}, ({"a": ONES},), {}, "the loss 'a' to return a scalar, got"),
         ({"a": one}, ({"a": ONES},), {"has_aux": True}, r"\(loss, aux\) of the loss 'a'"),
-        ({"a": one}, ({"a": ONES},), {"chunk_size": 0}, "chunk_size to be an int of at least 1"),
+        ({"a": one}, ({"a": ONES},), {"chunk_size": 0}, "chunk_size to be a positive int, got 0"),
     ],
 )
 def test_wrong_input_is_one_sentence(functions, args, options, message):
@@ -605,11 +628,11 @@ def test_modules_of_the_frameworks():
             "a": lambda p, x, apply=apply: jnp.mean(apply(p, x) ** 2),
             "b": lambda p, x, apply=apply: jnp.mean(jnp.abs(apply(p, x))),
         }
-        rule = jaxmtl.from_weighting(lambda gramian: jnp.diagonal(gramian))
+        rule = jaxmtl.from_weighting(shares)
         step = jax.jit(jaxmtl.value_and_grad(functions, rule))
         (losses, _), grads = step(params, rule.init(params), batches)
         _, jacobian = jax.jit(jaxmtl.value_and_jacobian(functions))(params, batches)
-        expected = jax.jit(lambda j: jaxmtl.combine(j, jnp.diagonal(jaxmtl.gramian(j))))(jacobian)
+        expected = jax.jit(lambda j: jaxmtl.combine(j, shares(jaxmtl.gramian(j))))(jacobian)
         close(jax.tree.leaves(grads), jax.tree.leaves(expected), 1e-4)
         assert jax.tree.structure(grads) == jax.tree.structure(params)
         assert sorted(losses) == ["a", "b"]

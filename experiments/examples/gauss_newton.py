@@ -45,7 +45,7 @@ from experiments.examples._pinn import Params
 CURVE_STEPS, BURGERS_STEPS, CHUNK = 1000, 600, 10
 COUNTS = {"equation": 480, "initial": 60, "boundary": 40}
 FIXED = {"equation": 1700, "initial": 200, "boundary": 100}
-COLOURS = {"Gauss-Newton": "tab:red", "Adam": "tab:blue", "L-BFGS": "tab:green"}
+COLORS = {"Gauss-Newton": "tab:red", "Adam": "tab:blue", "L-BFGS": "tab:green"}
 
 
 class Method(NamedTuple):
@@ -241,8 +241,8 @@ def draw(histories: dict[str, History], shown: dict[str, Any], title: str, path:
     left, right = figure.subplots(1, 2)
     right.plot(shown["x"], shown["reference"], color="black", lw=3, alpha=0.3, label="reference")
     for name, history in histories.items():
-        left.semilogy(history.seconds, history.values, color=COLOURS[name], label=name)
-        right.plot(shown["x"], shown["fits"][name], color=COLOURS[name], lw=1, label=name)
+        left.semilogy(history.seconds, history.values, color=COLORS[name], label=name)
+        right.plot(shown["x"], shown["fits"][name], color=COLORS[name], lw=1, label=name)
     left.set(xlabel="seconds of processor time", ylabel=shown["label"])
     right.set_xticks([-1, 0, 1])
     right.set(xlabel="x", ylabel="u at the last time" if title == "Burgers" else "y")

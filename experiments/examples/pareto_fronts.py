@@ -70,7 +70,7 @@ PARTITIONS = {2: 19, 3: 8, 4: 5, 6: 3}
 
 Make = Callable[[jax.Array], jaxmtl.Aggregator]
 
-# From a preference to a method. STCH minimises a smooth maximum of r_i l_i: where it ends, l_i is
+# From a preference to a method. STCH minimizes a smooth maximum of r_i l_i: where it ends, l_i is
 # close to proportional to 1 / r_i.
 METHODS: dict[str, Make] = {
     "linear_scalarization": jaxmtl.linear_scalarization,
@@ -221,7 +221,7 @@ def table(records: Sequence[dict[str, Any]], quantity: str) -> str:
 
 
 def draw(problem: Problem, front: np.ndarray, results: dict[str, Any], path: Path) -> None:
-    """Saves a figure with the front in grey and where each method ended, first seed."""
+    """Saves a figure with the front in gray and where each method ended, first seed."""
     dimensions = min(problem.num_tasks, 3)  # of four and six objectives the first three
     figure = Figure(figsize=(2.3 * len(results), 2.9), layout="constrained")
     for i, (method, result) in enumerate(results.items()):

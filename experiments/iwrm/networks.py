@@ -64,7 +64,7 @@ def depthwise(x: Array, layer: dict[str, Array]) -> Array:
     """Convolves each channel with its own kernels (3, 3, channels, multiplier).
 
     All first kernels come before all second ones, unlike in PyTorch, where those of a channel are
-    neighbours: the inner loop then runs over channels, which takes less than half the time.
+    neighbors: the inner loop then runs over channels, which takes less than half the time.
     """
     height, width, _ = x.shape
     shifted = [x[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]

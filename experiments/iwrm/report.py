@@ -35,7 +35,7 @@ PANELS = (
     ("pcgrad", "graddrop", "rgw", "cagrad"),
     ("imtl_g", "nash_mtl", "aligned_mtl"),
 )
-COLOURS = {"mean": "black", "upgrad": "tab:pink", "upgrad_ridge": "tab:red"}
+COLORS = {"mean": "black", "upgrad": "tab:pink", "upgrad_ridge": "tab:red"}
 OTHERS = ("tab:blue", "tab:green", "tab:orange", "tab:purple")
 # UPGrad and DualProj as the paper's code computes them, else as they are defined.
 FORMS = {"upgrad_ridge": "UPGrad as in the paper's code", "upgrad": "UPGrad as defined"}
@@ -309,10 +309,10 @@ def draw(path: Path, panels: Sequence[tuple[str, Best, Sequence[str]]], title: s
         for name in ("mean", *names, "upgrad", "upgrad_ridge"):
             if name not in best:
                 continue
-            colour = COLOURS.get(name) or OTHERS[list(names).index(name) % len(OTHERS)]
+            color = COLORS.get(name) or OTHERS[list(names).index(name) % len(OTHERS)]
             for axis, quantity in zip(axes[:, column], ("loss", "cosine"), strict=True):
-                width = 2.2 if name in COLOURS else 1.4
-                curve(axis, best[name], quantity, color=colour, label=name, linewidth=width)
+                width = 2.2 if name in COLORS else 1.4
+                curve(axis, best[name], quantity, color=color, label=name, linewidth=width)
         axes[0, column].set_title(header, fontsize=10)
         axes[0, column].legend(fontsize=8, loc="lower left")
         axes[1, column].set_xlabel("epoch")
@@ -344,7 +344,7 @@ def draw_part(name: str, part: Sequence[tuple[dict[str, Any], Best]], path: Path
     setting, best = part[0]
     title = title_of(setting, best)
     panels: list[tuple[str, Best, Sequence[str]]] = [
-        (f"batch {s['batch_size']}" if len(part) > 1 else "", b, sorted(set(b) - set(COLOURS)))
+        (f"batch {s['batch_size']}" if len(part) > 1 else "", b, sorted(set(b) - set(COLORS)))
         for s, b in part
     ]
     if name in DATASETS:

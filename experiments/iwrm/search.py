@@ -28,7 +28,7 @@ def search_fully(evaluate: Evaluate, seeds: int) -> None:
 
 
 def climb(evaluate: Callable[[float], float], start: float) -> float:
-    """Returns the coarse rate of a local minimum of the area, found from ``start`` by neighbours.
+    """Returns the coarse rate of a local minimum of the area, found from ``start`` by neighbors.
 
     It is the best coarse rate wherever the area falls and then rises with the rate.
     """

@@ -45,7 +45,7 @@ NETWORKS = dict.fromkeys(("digits", "mnist", "fashion_mnist", "kmnist"), "mnist"
 
 @cache
 def load(dataset: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all training images (n, height, width, channels), normalised, and their labels."""
+    """Returns all training images (n, height, width, channels), normalized, and their labels."""
     if dataset == "digits":  # for smoke runs: they need no download
         images, labels = load_sklearn_digits("train")
         images = np.kron(images, np.ones((1, 2, 2), np.uint8))  # 8 x 8 is too little to convolve

@@ -35,7 +35,7 @@ def make_pairs(digits: Images, *, partners: int, statistics_of: Images, seed: in
     Args:
       digits: The n digits of one split: no digit is shared with another split.
       partners: Right digits per left digit.
-      statistics_of: The training digits, whose mean and deviation normalise the canvas.
+      statistics_of: The training digits, whose mean and deviation normalize the canvas.
       seed: Decides the pairs, which are part of the data set and not of a run.
 
     Returns:
@@ -64,7 +64,7 @@ def paint(left: jax.Array, right: jax.Array, canvas: int) -> jax.Array:
 
 
 def read_pairs(data: DigitPairs, index: jax.Array, canvas: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the pairs at ``index`` (b,): normalised (b, canvas, canvas), and labels (2, b)."""
+    """Returns the pairs at ``index`` (b,): normalized (b, canvas, canvas), and labels (2, b)."""
     left, right = data.left[index], data.right[index]
     pixels = paint(data.images[left], data.images[right], canvas).astype(jnp.float32) / 255
     return (pixels - data.mean) / data.std, jnp.stack([data.labels[left], data.labels[right]])

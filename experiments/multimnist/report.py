@@ -39,6 +39,7 @@ PAPER_LOSSES = {
     ("cr_mgda", 4): (0.26, 0.36),
     ("cr_mgda", 2): (0.28, 0.40),
 }
+BASELINE = "linear_scalarization"
 PAIRS = {"mgda": "cr_mgda", "pcgrad": "cr_pcgrad", "cagrad": "cr_cagrad"}
 
 
@@ -50,7 +51,7 @@ def by_batch_size(records: Sequence[Record]) -> dict[int, list[Record]]:
     return dict(sorted(groups.items(), reverse=True))
 
 
-def summarise(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+def summarize(records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
     """Returns, per method and quantity, the value of each seed after the last epoch."""
     summary: dict[str, dict[str, list[float]]] = {}
     for record in sorted(records, key=lambda record: record["seed"]):
@@ -83,8 +84,9 @@ def make_table(records: Sequence[Record]) -> Table:
     header += [f"Zhou 2022 {'loss' if several else 'acc. %'}"] * beside_paper + ["seeds"]
     rows = []
     for batch_size, group in groups.items():
-        for method, summary in summarise(group).items():
-            cells = [str(batch_size)] * several + [method]
+        for method, summary in summarize(group).items():
+            marked = f"{method} (baseline)" if method == BASELINE else method
+            cells = [str(batch_size)] * several + [marked]
             cells += [show(summary[f"{task} accuracy"], digits=2) for task in TASKS]
             cells += [show(summary[f"{task} loss"], digits=3) for task in TASKS]
             cells += [show(summary["conflict"], digits=1)]
@@ -96,26 +98,26 @@ def make_table(records: Sequence[Record]) -> Table:
 
 def draw(records: Sequence[Record], path: Path) -> None:
     """Saves the figure: accuracy, loss and conflict rate of every method."""
-    summary = summarise(records)
+    summary = summarize(records)
     rows = np.arange(len(summary))
     config = records[0]["config"]
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     looks = {"left": ("tab:blue", "o", -0.15), "right": ("tab:orange", "s", 0.15)}
 
-    def dots(axis: Axes, name: str, colour: str, marker: str, shift: float = 0.0) -> None:
+    def dots(axis: Axes, name: str, color: str, marker: str, shift: float = 0.0) -> None:
         points = [mean_and_error(values[name]) for values in summary.values()]
         mean, error = np.transpose(points)
-        axis.errorbar(mean, rows + shift, xerr=error, fmt=marker, color=colour, capsize=2)
+        axis.errorbar(mean, rows + shift, xerr=error, fmt=marker, color=color, capsize=2)
 
-    for i, (task, (colour, marker, shift)) in enumerate(looks.items()):
-        dots(axes[0], f"{task} accuracy", colour, marker, shift)
-        dots(axes[1], f"{task} loss", colour, marker, shift)
-        axes[0].plot([], [], marker, color=colour, label=f"{task} digit")  # the legend's entry
+    for i, (task, (color, marker, shift)) in enumerate(looks.items()):
+        dots(axes[0], f"{task} accuracy", color, marker, shift)
+        dots(axes[1], f"{task} loss", color, marker, shift)
+        axes[0].plot([], [], marker, color=color, label=f"{task} digit")  # the legend's entry
         if config["dataset"] == "mnist":
             paper = [PAPER.get(method, (np.nan, np.nan))[i] for method in summary]
             axes[0].plot(
-                paper, rows + shift, marker, color=colour, mfc="none", label=f"{task}, Zhou 2022"
+                paper, rows + shift, marker, color=color, mfc="none", label=f"{task}, Zhou 2022"
             )
     dots(axes[2], "conflict", "tab:gray", "D")
     labels = ("test accuracy (%)", "test loss", "steps with conflicting gradients (%)")
@@ -131,7 +133,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
 def draw_batches(records: Sequence[Record], path: Path) -> None:
     """Saves the figure of table 2: test loss of every method by batch size, a column per pair."""
-    groups = {size: summarise(group) for size, group in by_batch_size(records).items()}
+    groups = {size: summarize(group) for size, group in by_batch_size(records).items()}
     sizes = list(groups)
     shown = {name for summary in groups.values() for name in summary}
     columns: list[tuple[str, ...]] = [p for p in PAIRS.items() if shown.intersection(p)]
@@ -140,7 +142,7 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
     axes = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     looks = {"left": ("tab:blue", "o"), "right": ("tab:orange", "s")}
     for axis, pair in zip(axes, columns, strict=True):
-        for (i, (task, (colour, marker))), j in product(enumerate(looks.items()), range(len(pair))):
+        for (i, (task, (color, marker))), j in product(enumerate(looks.items()), range(len(pair))):
             method, line = pair[j], "--" if j else "-"
             points = [
                 mean_and_error(summary[method][f"{task} loss"])
@@ -150,7 +152,7 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
             ]
             mean, error = np.transpose(points)
             x = np.arange(len(sizes)) + 0.03 * (2 * j + i - 1.5)
-            look = {"color": colour, "marker": marker, "ls": line}
+            look = {"color": color, "marker": marker, "ls": line}
             axis.errorbar(
                 x, mean, yerr=error, capsize=2, label=f"{task}, {'CR-' if j else 'plain'}", **look
             )
@@ -168,6 +170,40 @@ def draw_batches(records: Sequence[Record], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def conclude(records: Sequence[Record]) -> str:
+    """Returns how far the methods lie from the baseline, on the same seeds; "" without it."""
+    accuracy = finals(records, "accuracy")
+    distances, sizes = {}, {size for size, _ in accuracy}
+    for (size, method), values in accuracy.items():
+        baseline = accuracy.get((size, BASELINE))
+        if len(sizes) > 1 or method == BASELINE or baseline is None or len(values) < 2:
+            continue
+        if len(values) != len(baseline):
+            continue
+        errors = [
+            np.hypot(*(x.std(ddof=1) / len(x) ** 0.5 for x in pair))
+            for pair in zip(values.T, baseline.T, strict=True)
+        ]
+        gaps = np.abs(values.mean(axis=0) - baseline.mean(axis=0))
+        distances[method] = max(g / e if e else 0.0 for g, e in zip(gaps, errors, strict=True))
+    if not distances:
+        return ""
+    farthest = max(distances, key=lambda method: distances[method])
+    beyond = [method for method, distance in distances.items() if distance > 2]
+    text = (
+        f"No method differs from {BASELINE} in accuracy by more than two of its standard errors"
+        if not beyond
+        else f"Beyond two standard errors of {BASELINE} in accuracy: {', '.join(beyond)}"
+    )
+    text += f" (the farthest is {farthest}, {distances[farthest]:.1f})."
+    if {"upgrad", "pcgrad"} <= set(distances):
+        text += (
+            " With two tasks UPGrad has PCGrad's direction, half its length: the study scales"
+            " PCGrad, a sum, to the mean, so that their difference is rounding alone."
+        )
+    return text
+
+
 # --- claims -------------------------------------------------------------------------------------
 
 
@@ -179,7 +215,7 @@ def finals(records: Sequence[Record], quantity: str) -> Final:
     return {
         (size, method): np.transpose([summary[f"{task} {quantity}"] for task in TASKS])
         for size, group in by_batch_size(records).items()
-        for method, summary in summarise(group).items()
+        for method, summary in summarize(group).items()
     }
 
 
@@ -264,4 +300,5 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
     if not records:
         return Report([], {})
     drawer = draw if len(by_batch_size(records)) == 1 else draw_batches
-    return Report([make_table(records)], {f"{args.dataset}.png": partial(drawer, records)})
+    figures = {f"{args.dataset}.png": partial(drawer, records)}
+    return Report([make_table(records)], figures, conclude(records))

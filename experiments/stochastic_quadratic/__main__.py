@@ -40,7 +40,7 @@ METHODS = {
 }
 
 # Zhou 2022, eq. 4: (objective, outcome, coordinate), each outcome with probability 1/2.
-CENTRES = np.array([[[-1.0, 2.0], [-5.0, -2.0]], [[1.0, 2.0], [5.0, -2.0]]])
+CENTERS = np.array([[[-1.0, 2.0], [-5.0, -2.0]], [[1.0, 2.0], [5.0, -2.0]]])
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Options:
 
 def losses_fn(x: jax.Array) -> jax.Array:
     """Returns the expected objectives (2,) at x (2,)."""
-    return jnp.mean(jnp.sum((x - CENTRES) ** 2, axis=-1), axis=1)
+    return jnp.mean(jnp.sum((x - CENTERS) ** 2, axis=-1), axis=1)
 
 
 def sampled_gradients(x: jax.Array, z: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ def sampled_gradients(x: jax.Array, z: jax.Array) -> jax.Array:
 
     -1 and 1 are the two outcomes. Any z of mean 0 and variance 1 gives their mean and covariance.
     """
-    middle, half = CENTRES.mean(axis=1), (CENTRES[:, 1] - CENTRES[:, 0]) / 2
+    middle, half = CENTERS.mean(axis=1), (CENTERS[:, 1] - CENTERS[:, 0]) / 2
     return 2 * (x - middle - z[:, None] * half)
 
 
@@ -100,7 +100,7 @@ def expectation_record(name: str) -> Record:
         of_points = jax.jit(jax.vmap(jax.vmap(lambda x: directions(METHODS[name].make(2), x))))
         d = np.asarray(of_points(grid))  # (ys, xs, 2, 2, 2)
     expected = d.mean(axis=(2, 3))
-    upward, centre = expected[..., 1], len(xs) // 2
+    upward, center = expected[..., 1], len(xs) // 2
     start = np.argmin(np.abs(ys - Options.start[1])), np.argmin(np.abs(xs - Options.start[0]))
     return {
         "kind": "expectation",
@@ -110,9 +110,9 @@ def expectation_record(name: str) -> Record:
         "least_below_gap": round(float(upward[ys <= GAP + 1e-9].min()), 6),
         # Up to this height the expected direction points up whatever x is.
         "strip": round(crossing(ys, upward.min(axis=1)), 4),
-        "equilibrium": round(crossing(ys, upward[:, centre]), 4),
+        "equilibrium": round(crossing(ys, upward[:, center]), 4),
         "y": ys[::8].round(4).tolist(),
-        "upward": upward[::8, centre].round(5).tolist(),
+        "upward": upward[::8, center].round(5).tolist(),
     }
 
 

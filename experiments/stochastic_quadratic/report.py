@@ -83,10 +83,10 @@ def draw(records: Sequence[Record], path: Path) -> None:
     """Saves the figure: expected direction, both losses, distances under both noises."""
     figure = Figure(figsize=(11.5, 7.4), layout="constrained")
     axes = figure.subplots(2, 3)
-    colours = {name: f"C{i}" for i, name in enumerate((BASELINE, *STUDIED))}
+    colors = {name: f"C{i}" for i, name in enumerate((BASELINE, *STUDIED))}
     lines = dict(zip(FORMS, ("-", "--", ":"), strict=True))
     for record in of_kind(records, "expectation"):
-        axes[0, 0].plot(record["y"], record["upward"], color=colours[record["method"]])
+        axes[0, 0].plot(record["y"], record["upward"], color=colors[record["method"]])
     axes[0, 0].axhline(0, color="black", lw=0.8)
     axes[0, 0].axvline(0.4, color="gray", lw=0.8, ls=":")
     axes[0, 0].set(
@@ -108,16 +108,16 @@ def draw(records: Sequence[Record], path: Path) -> None:
         for i, record in enumerate(runs):
             mean, error = (np.array(record[quantity][part]) for part in ("mean", "error"))
             k = np.maximum(record["k"], 0.5)  # the start, left of step 1
-            colour = colours[record["method"]]
-            axis.plot(k, mean, lines[record["form"]], color=colour, lw=1.4)
+            color = colors[record["method"]]
+            axis.plot(k, mean, lines[record["form"]], color=color, lw=1.4)
             place = k[-1] * 1.25 ** (1 + i)
-            axis.errorbar(place, mean[-1], error[-1], fmt="o", ms=3, color=colour, capsize=2)
+            axis.errorbar(place, mean[-1], error[-1], fmt="o", ms=3, color=color, capsize=2)
         axis.set(title=title, xlabel="step", xscale="log")
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_yscale("log")
     axes[1, 0].set_ylabel("distance to the Pareto set")
-    handles = [axes[0, 0].plot([], [], color=c, label=name)[0] for name, c in colours.items()]
+    handles = [axes[0, 0].plot([], [], color=c, label=name)[0] for name, c in colors.items()]
     labels = ("plain", "CR-, corollary 1", "CR-, alpha = 0.9")
     handles += [
         axes[0, 0].plot([], [], line, color="black", label=label)[0]

@@ -1,8 +1,9 @@
-"""Multi-task tables: Census-Income with two labels, Yeast with fourteen.
+"""Multi-task tables: Census-Income with two labels, Yeast with fourteen; three of regression.
 
-Both come from OpenML by scikit-learn's ``fetch_openml`` (cached in its own folder), or from a
-folder that holds them as ``.csv.gz`` files. Categories are kept as integers: a network takes those
-of a batch as 0 and 1 (``features``), which are never stored.
+The first two come from OpenML by scikit-learn's ``fetch_openml`` (cached in its own folder), or
+from a folder that holds them as ``.csv.gz`` files. Categories are kept as integers: a network takes
+those of a batch as 0 and 1 (``features``), which are never stored. The regressions (SARCOS, river
+flow RF1, water quality) come from a folder alone.
 """
 
 import csv
@@ -25,15 +26,30 @@ CENSUS_TASKS = ("income", "never married")
 YEAST_TRAIN = 1_500  # rows of the first users' training set
 YEAST_TASKS = tuple(f"class {i}" for i in range(1, 15))
 
-TASKS = {"yeast": YEAST_TASKS, "census": CENSUS_TASKS}
+# Inputs come first, targets last, in the published files.
+RF1_TASKS = ("CHSI2", "NASI2", "EADM7", "SCLM7", "CLKM7", "VALI2", "NAPM7", "DLDI4")  # 48 h ahead
+WATER_TASKS = (
+    *("25400", "29600", "30400", "33400", "17300", "19400", "34500", "38100", "49700"),
+    *("50390", "55800", "57500", "59300", "37880"),
+)
+SARCOS_TASKS = tuple(f"torque {i}" for i in range(1, 8))
+NUM_INPUTS = {"sarcos": 21, "rf1": 64, "water_quality": 16}
+
+TASKS = {
+    "yeast": YEAST_TASKS,
+    "census": CENSUS_TASKS,
+    "sarcos": SARCOS_TASKS,
+    "rf1": RF1_TASKS,
+    "water_quality": WATER_TASKS,
+}
 
 
 class Table(NamedTuple):
     """Rows of a table."""
 
     codes: jax.Array  # (n, c) int32: which of the features 0..num_codes - 1 are 1
-    numbers: jax.Array  # (n, d) float32, standardised
-    labels: jax.Array  # (n, m) float32, 0 or 1
+    numbers: jax.Array  # (n, d) float32, standardized
+    labels: jax.Array  # (n, m) float32: 0 or 1, or standardized targets of a regression
 
 
 class Split(NamedTuple):
@@ -44,6 +60,7 @@ class Split(NamedTuple):
     test: Table
     num_codes: int
     tasks: tuple[str, ...]
+    regression: bool = False
 
 
 class Column(NamedTuple):
@@ -151,7 +168,94 @@ def yeast_split(numbers: np.ndarray, labels: np.ndarray, num_train: int) -> Spli
     return _split(codes, numbers, labels, parts, 0, YEAST_TASKS)
 
 
-# --- what both share ----------------------------------------------------------------------------
+# --- regressions --------------------------------------------------------------------------------
+
+
+def load_sarcos(data_dir: str | Path | None = None) -> Split:
+    """Returns SARCOS: the positions, velocities and accelerations of an arm to 7 joint torques.
+
+    Args:
+      data_dir: Folder with ``sarcos_inv_test.mat``, 4,449 rows, which are split, and possibly with
+        ``sarcos_inv.mat``, 44,484 rows: those are then for training and validation, and the test
+        rows are the published ones. (Many of these are known to be among the training rows.)
+
+    Raises:
+      FileNotFoundError: The file is not there.
+      ValueError: It does not have 28 columns.
+    """
+    from scipy.io import loadmat
+
+    tables = []
+    for name in ("sarcos_inv_test", "sarcos_inv"):
+        path = Path(data_dir or "") / f"{name}.mat"
+        if data_dir and path.exists():
+            tables.append(np.asarray(loadmat(path)[name], np.float64))
+    if not tables:
+        raise FileNotFoundError(_wanted("sarcos_inv_test.mat", data_dir))
+    if len({table.shape[1] for table in tables}) > 1:
+        raise ValueError(
+            f"expected as many columns in both files of {data_dir}, got "
+            f"{[table.shape for table in tables]}; take the files as published"
+        )
+    test, *training = tables
+    return regression_split("sarcos", np.concatenate([*training, test]), len(test) * len(training))
+
+
+def load_arff(dataset: str, data_dir: str | Path | None = None) -> Split:
+    """Returns river flow or water quality, as published for multi-target regression.
+
+    Of river flow (``rf1``) the 120 of 9,125 rows with a missing input are dropped.
+
+    Args:
+      dataset: ``"rf1"``: 64 inputs, 8 targets; ``"water_quality"``: 16 inputs, 14 targets.
+      data_dir: Folder with ``rf1.arff`` or ``wq.arff``, also with ``.gz`` behind.
+
+    Raises:
+      FileNotFoundError: The file is not there.
+      ValueError: It has another number of columns.
+    """
+    from scipy.io.arff import loadarff
+
+    name = {"rf1": "rf1.arff", "water_quality": "wq.arff"}[dataset]
+    paths = [Path(data_dir or "") / f"{name}{suffix}" for suffix in ("", ".gz")]
+    path = next((path for path in paths if data_dir and path.exists()), None)
+    if path is None:
+        raise FileNotFoundError(_wanted(f"{name} or {name}.gz", data_dir))
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+        rows, _ = loadarff(file)
+    return regression_split(dataset, np.asarray(rows.tolist(), np.float64))
+
+
+def regression_split(dataset: str, values: np.ndarray, num_test: int = 0) -> Split:
+    """Returns the split of a table of inputs and targets, without the rows that miss a value.
+
+    The last ``num_test`` rows are the test rows, and a fifth of the others, drawn at random, are
+    for validation; if there are none, a fifth of all rows is for each of the two.
+    """
+    inputs, tasks = NUM_INPUTS[dataset], TASKS[dataset]
+    if values.ndim != 2 or values.shape[1] != inputs + len(tasks):
+        raise ValueError(
+            f"expected {inputs} inputs and {len(tasks)} targets in the columns of {dataset}, got "
+            f"an array of shape {values.shape}; take the file as published"
+        )
+    values = values[~np.isnan(values).any(axis=1)]
+    order = np.random.default_rng(0).permutation(len(values) - num_test)
+    test = np.arange(len(order), len(values))
+    fifth = len(order) // 5
+    if not num_test:
+        order, test = order[fifth:], order[:fifth]
+    numbers, labels = np.split(values, [inputs], axis=1)
+    parts = order[fifth:], order[:fifth], test
+    codes = np.zeros((len(values), 0), np.int32)
+    return _split(codes, numbers, labels, parts, 0, tasks, regression=True)
+
+
+def _wanted(name: str, data_dir: str | Path | None) -> str:
+    where = f"in {data_dir}" if data_dir else "and a folder with it"
+    return f"expected {name} {where}, which is not there; name its folder with --data-dir"
+
+
+# --- what all share -----------------------------------------------------------------------------
 
 
 def _fetch(**which: Any) -> Any:
@@ -208,10 +312,15 @@ def _split(
     parts: tuple[np.ndarray, np.ndarray, np.ndarray],
     num_codes: int,
     tasks: tuple[str, ...],
+    regression: bool = False,
 ) -> Split:
-    train = numbers[parts[0]]
-    deviation = train.std(axis=0)
-    numbers = (numbers - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    def standardized(values: np.ndarray) -> np.ndarray:
+        train = values[parts[0]]
+        deviation = train.std(axis=0)
+        return (values - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+
+    numbers = standardized(numbers)
+    labels = standardized(labels) if regression else labels
 
     def rows(part: np.ndarray) -> Table:
         return Table(
@@ -221,16 +330,21 @@ def _split(
         )
 
     train_rows, validation, test = map(rows, parts)
-    return Split(train_rows, validation, test, num_codes, tasks)
+    return Split(train_rows, validation, test, num_codes, tasks, regression)
 
 
-def make_up(tasks: tuple[str, ...], num_rows: int) -> Split:
+def make_up(tasks: tuple[str, ...], num_rows: int, *, regression: bool = False) -> Split:
     """Returns a made-up table for smoke runs: columns of both kinds, labels that depend on them."""
-    from sklearn.datasets import make_multilabel_classification
+    from sklearn.datasets import make_multilabel_classification, make_regression
+
+    first, second, third = np.array_split(np.arange(num_rows), 3)
+    if regression:
+        numbers, labels = make_regression(num_rows, 12, n_targets=len(tasks), random_state=0)
+        codes = np.zeros((num_rows, 0), np.int32)
+        return _split(codes, numbers, labels, (first, second, third), 0, tasks, regression)
 
     counts, labels = make_multilabel_classification(
         num_rows, n_features=12, n_classes=len(tasks), n_labels=len(tasks) // 2, random_state=0
     )
     codes = np.minimum(counts[:, :4], 9).astype(np.int32) + 10 * np.arange(4)
-    parts = tuple(np.array_split(np.arange(num_rows), 3))
-    return _split(codes, counts[:, 4:], labels, (parts[0], parts[1], parts[2]), 40, tasks)
+    return _split(codes, counts[:, 4:], labels, (first, second, third), 40, tasks)

@@ -17,20 +17,21 @@ State = Any
 Losses = Callable[..., jax.Array]  # (params, examples) -> (m,)
 
 
-def swept_weights(shares: np.ndarray) -> np.ndarray:
+def swept_weights(m: int, shares: np.ndarray | None = None) -> np.ndarray:
     """Returns weights of a scalarization (k, m), of sum 1.
 
-    For two tasks a grid. For more, eight powers of the inverse variances of the labels, from nearly
-    equal weights to nearly all on the rarest label, and eight vectors drawn at random.
+    For two tasks a grid. For more, eight powers of the inverse variances of binary labels with
+    these shares of positive ones, from nearly equal weights to nearly all on the rarest label, and
+    eight vectors drawn at random; in a regression, where variances are 1, sixteen of these.
     """
-    m = len(shares)
     if m == 2:
         first = np.array([0.02, 0.1, 0.25, 0.4, 0.6, 0.75, 0.9, 0.98])
         return np.stack([first, 1 - first], axis=1)
     powers = np.array([0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0])[:, None]
-    logits = np.concatenate(
-        [-powers * np.log(shares * (1 - shares)), np.random.default_rng(0).normal(size=(8, m)) / 2]
-    )
+    drawn = np.random.default_rng(0).normal(size=(8 if shares is not None else 16, m)) / 2
+    logits = drawn
+    if shares is not None:
+        logits = np.concatenate([-powers * np.log(shares * (1 - shares)), drawn])
     return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
 
@@ -57,8 +58,8 @@ METHODS: dict[str, Method] = LIBRARY | {
     # The honest baseline: every weight vector is a training of its own, in the same program.
     "swept_scalarization": LIBRARY["linear_scalarization"]._replace(asks=("weights",)),
 }
-# Of methods that ask for weights: shares of positive labels (m,) -> weights (k, m).
-SWEEPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"swept_scalarization": swept_weights}
+# Of methods that ask for weights: (m, shares of positive labels if binary) -> weights (k, m).
+SWEEPS: dict[str, Callable[..., np.ndarray]] = {"swept_scalarization": swept_weights}
 
 
 class Batches(NamedTuple):

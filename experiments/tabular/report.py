@@ -41,6 +41,16 @@ def label_of(record: Record) -> str:
     return "weights #" + str(np.round(100 * np.asarray(record["setting"])).astype(int).tolist())
 
 
+def measure_of(record: Record) -> tuple[str, int]:
+    """Returns the name of a record's first measure, and 1 if larger is better, else -1."""
+    return ("auc", 1) if "test_auc" in record else ("rrmse", -1)
+
+
+def tested(record: Record) -> np.ndarray:
+    """Returns the first measure (seeds, m) on the test set."""
+    return np.asarray(record[f"test_{measure_of(record)[0]}"])
+
+
 def is_swept(record: Record) -> bool:
     """Tells whether a record belongs to the sweep of a rule's settings."""
     return record["setting"] is not None
@@ -55,21 +65,22 @@ def rules_of(results: Results) -> Results:
 def tuned_of(results: Results) -> Record:
     """Returns the scalarization, equal weights included, of the best validation mean."""
     swept = [r for k, r in results.items() if is_swept(r) or k == "linear_scalarization"]
-    return max(swept, key=lambda record: np.mean(record["validation_auc"]))
+    name, sign = measure_of(swept[0])
+    return max(swept, key=lambda record: sign * np.mean(record[f"validation_{name}"]))
 
 
 def drops(record: Record, single: Record) -> np.ndarray:
     """Returns delta_m (seeds,) in percent against the mean of the single-task networks."""
-    baseline = jnp.asarray(single["test_auc"]).mean(axis=0)
-    higher = jnp.ones(baseline.shape, bool)
+    baseline = jnp.asarray(tested(single)).mean(axis=0)
+    higher = jnp.full(baseline.shape, measure_of(single)[1] > 0)
     one = partial(jaxmtl.metrics.delta_m, baselines=baseline, higher_is_better=higher)
-    return np.asarray(jax.vmap(one)(jnp.asarray(record["test_auc"])))
+    return np.asarray(jax.vmap(one)(jnp.asarray(tested(record))))
 
 
 def mean_ranks(results: Results) -> dict[str, float]:
-    """Returns the rank of each method's mean test AUC, averaged over tasks; 1 is best."""
-    means = np.stack([np.mean(record["test_auc"], axis=0) for record in results.values()])
-    return dict(zip(results, rankdata(-means, axis=0).mean(axis=1), strict=True))
+    """Returns the rank of each method's mean on the test set, averaged over tasks; 1 is best."""
+    losses = np.stack([-measure_of(r)[1] * tested(r).mean(axis=0) for r in results.values()])
+    return dict(zip(results, rankdata(losses, axis=0).mean(axis=1), strict=True))
 
 
 class Rival(NamedTuple):
@@ -215,7 +226,9 @@ def make_table(name: str, results: Results, single: Record) -> Table:
     """Returns the table of a data set and model, best delta_m first."""
     tasks = TASKS[name.split(",")[0]]
     per_task = len(tasks) == 2
+    binary = measure_of(single)[0] == "auc"
     headers = [f"{task} AUC %" for task in tasks] if per_task else ["AUC %", "precision %"]
+    headers = headers if binary else ["RRMSE %"]
     shown = {k: r for k, r in results.items() if not is_swept(r)}
     tuned = tuned_of(results)
     shown[f"tuned: {label_of(tuned)}" if per_task else "tuned weights"] = tuned
@@ -223,10 +236,10 @@ def make_table(name: str, results: Results, single: Record) -> Table:
     shown.setdefault(SINGLE, single)
     rows = []
     for method, record in sorted(shown.items(), key=lambda item: drops(item[1], single).mean()):
-        auc, precision = (
-            100 * np.asarray(record[f"test_{q}"]) for q in ("auc", "average_precision")
-        )
-        quantities = auc.T if per_task else [auc.mean(axis=1), precision.mean(axis=1)]
+        first = 100 * tested(record)
+        quantities = list(first.T) if per_task else [first.mean(axis=1)]
+        if binary and not per_task:
+            quantities += [100 * np.mean(record["test_average_precision"], axis=1)]
         cells = [show(values.tolist(), digits=2) for values in quantities]
         cells.append(show(drops(record, single).tolist(), digits=2))
         alone = method == SINGLE
@@ -238,20 +251,20 @@ def make_table(name: str, results: Results, single: Record) -> Table:
     return Table(title, ["method", *headers, "delta_m %", "rank", "cost", "rate", "epochs"], rows)
 
 
-COLOURS = {"none": "tab:green", "Gramian": "tab:blue", "coordinates": "tab:orange"}
+COLORS = {"none": "tab:green", "Gramian": "tab:blue", "coordinates": "tab:orange"}
 LABELS = ("weights, then one backward pass", "weights of the Gramian", "coordinates")
 
 
-def colour_of(method: str) -> str:
-    """Returns the colour of what a method has to see of the gradients."""
-    return COLOURS[needs(METHODS[method])]
+def color_of(method: str) -> str:
+    """Returns the color of what a method has to see of the gradients."""
+    return COLORS[needs(METHODS[method])]
 
 
-def colour_legend(figure: Figure, extra: Sequence[Any] = ()) -> None:
-    """Adds the legend of colours below."""
+def color_legend(figure: Figure, extra: Sequence[Any] = ()) -> None:
+    """Adds the legend of colors below."""
     dots = [
-        Line2D([], [], marker="o", ls="", color=colour, label=label)
-        for label, colour in zip(LABELS, COLOURS.values(), strict=True)
+        Line2D([], [], marker="o", ls="", color=color, label=label)
+        for label, color in zip(LABELS, COLORS.values(), strict=True)
     ]
     figure.legend(handles=[*dots, *extra], loc="outside lower center", ncols=3, frameon=False)
 
@@ -285,7 +298,7 @@ def draw_plane(found: dict[str, tuple[Results, Record]], path: Path) -> None:
         [], [], color="black", marker="s", ms=4, label="scalarization, by the weight of income"
     )
     alone = Line2D([], [], color="tab:red", ls="--", label="single-task networks")
-    colour_legend(figure, [curve, alone])
+    color_legend(figure, [curve, alone])
     figure.savefig(path, dpi=110)
 
 
@@ -315,10 +328,10 @@ def draw_panel(axis: Axes, results: Results, single: Record, *, numbers: bool) -
         line(value, color="tab:red", ls="--", lw=1)
     for number, (method, record) in enumerate(rules_of(results).items(), 1):
         (x, y), (dx, dy) = point(record)
-        colour = colour_of(method)
+        color = color_of(method)
         size = 11 if numbers else 4
-        axis.errorbar(x, y, xerr=dx, yerr=dy, color=colour, lw=0.7, alpha=0.4)
-        axis.plot(x, y, "o", color=colour, ms=size, alpha=0.6, label=f"{number} {method}")
+        axis.errorbar(x, y, xerr=dx, yerr=dy, color=color, lw=0.7, alpha=0.4)
+        axis.plot(x, y, "o", color=color, ms=size, alpha=0.6, label=f"{number} {method}")
         if numbers:
             axis.annotate(
                 str(number),
@@ -343,7 +356,7 @@ def draw_bars(found: dict[str, tuple[Results, Record]], path: Path) -> None:
         names,
         [values[name][0] for name in names],
         xerr=[values[name][1] for name in names],
-        color=[colour_of(name) for name in names],
+        color=[color_of(name) for name in names],
         error_kw={"lw": 1},
     )
     axis.invert_yaxis()
@@ -353,15 +366,19 @@ def draw_bars(found: dict[str, tuple[Results, Record]], path: Path) -> None:
         "equal weights": (results["linear_scalarization"], "black"),
         "weights tuned on validation data": (tuned_of(results), "tab:purple"),
     }
-    for label, (record, colour) in baselines.items():
+    for label, (record, color) in baselines.items():
         mean, error = mean_and_error(drops(record, single).tolist())
-        lines.append(axis.axvline(mean, color=colour, lw=1.2, label=label))
-        axis.axvspan(mean - error, mean + error, color=colour, alpha=0.12, lw=0, zorder=0)
+        lines.append(axis.axvline(mean, color=color, lw=1.2, label=label))
+        axis.axvspan(mean - error, mean + error, color=color, alpha=0.12, lw=0, zorder=0)
     axis.set_xlabel("delta_m (%) against single-task networks; negative is better")
     axis.grid(axis="x", alpha=0.3)
-    seeds = len(single["seeds"])
-    figure.suptitle(f"Yeast, 14 labels: mean ± standard error over {seeds} seeds")
-    colour_legend(figure, lines)
+    dataset, seeds = next(iter(found)).split(",")[0], len(single["seeds"])
+    name = dataset.replace("_", " ").capitalize()
+    labels = "labels" if measure_of(single)[0] == "auc" else "targets"
+    figure.suptitle(
+        f"{name}, {len(TASKS[dataset])} {labels}: mean ± standard error over {seeds} seeds"
+    )
+    color_legend(figure, lines)
     figure.savefig(path, dpi=120)
 
 
@@ -374,7 +391,8 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
             "run without --report-only first"
         )
     figures = {}
-    for dataset, draw in {"census": draw_plane, "yeast": draw_bars}.items():
+    for dataset in TASKS:
+        draw = draw_plane if dataset == "census" else draw_bars
         mine = {k: v for k, v in found.items() if k.startswith(dataset)}
         if mine:
             figures[f"{dataset}.png"] = partial(draw, mine)

@@ -64,7 +64,7 @@ class Runs(NamedTuple):
 class Trained(NamedTuple):
     """What one method's runs have come to."""
 
-    validation: np.ndarray  # (checkpoints, runs, m) areas under the curve
+    validation: np.ndarray  # (checkpoints, runs, m) of the first measure of their kind
     scores: np.ndarray  # (checkpoints, runs, rows, m) of the test rows
     seconds: float  # of CPU time per step and run, without compilation
 
@@ -91,9 +91,9 @@ def make_training(
 
     def advance(carry: Any, run: Runs, stretch: jax.Array, train: Table) -> Any:
         def losses_fn(params: Params, examples: jax.Array) -> jax.Array:
-            logits = network.apply({"params": params}, features(train, examples, split.num_codes))
+            outputs = network.apply({"params": params}, features(train, examples, split.num_codes))
             labels = train.labels[examples][:, run.columns].T
-            return optax.sigmoid_binary_cross_entropy(logits, labels).mean(axis=1)  # (m,)
+            return kind_of(split).loss(outputs, labels).mean(axis=1)  # (m,)
 
         _, direction = make_direction(method, run.columns.size, steps, run.weights)
         optimizer = optax.adam(run.learning_rate)
@@ -157,6 +157,43 @@ def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (ranks - positives * (positives + 1) / 2) / pairs
 
 
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns the average precisions (runs, m) of scores (runs, n, m) and labels (n, m)."""
+    tasks = range(labels.shape[1])
+    return np.array(
+        [[average_precision_score(labels[:, i], run[:, i]) for i in tasks] for run in scores]
+    )
+
+
+def relative_error(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Returns the RRMSE (..., m) of outputs (..., n, m): 1 is that of the mean of training.
+
+    Targets (n, m) are standardized by the training rows, whose mean is then 0.
+    """
+    return np.sqrt(np.mean((outputs - targets) ** 2, axis=-2) / np.mean(targets**2, axis=-2))
+
+
+class Kind(NamedTuple):
+    """What is learnt from a table, and by what it is measured."""
+
+    loss: Callable[..., jax.Array]  # of outputs and labels, entry by entry
+    measures: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]  # the first one chooses
+    sign: int  # 1 if larger is better, else -1
+
+
+BINARY = Kind(
+    optax.sigmoid_binary_cross_entropy,
+    {"auc": area_under_curve, "average_precision": average_precision},
+    sign=1,
+)
+REGRESSION = Kind(optax.l2_loss, {"rrmse": relative_error}, sign=-1)
+
+
+def kind_of(split: Split) -> Kind:
+    """Returns the kind of a table."""
+    return REGRESSION if split.regression else BINARY
+
+
 def train(
     options: Options, network: nn.Module, method: Method, runs: Runs, split: Split
 ) -> Trained:
@@ -168,6 +205,7 @@ def train(
     compiled = advance.lower(carry, runs, jnp.int32(0), split.train).compile()
     columns = np.asarray(runs.columns)
     labels = np.asarray(split.validation.labels)
+    measure = next(iter(kind_of(split).measures.values()))
     seconds, validation, test = 0.0, [], []
     for stretch in range(options.epochs // options.evaluate_every):
         begin = time.process_time()
@@ -175,9 +213,7 @@ def train(
         seconds += time.process_time() - begin
         scores = np.asarray(scores_of(carry[0], split.validation))
         validation.append(
-            np.stack(
-                [area_under_curve(s, labels[:, c]) for s, c in zip(scores, columns, strict=True)]
-            )
+            np.stack([measure(s, labels[:, c]) for s, c in zip(scores, columns, strict=True)])
         )
         test.append(np.asarray(scores_of(carry[0], split.test)))
     steps = options.epochs * max(len(split.train.labels) // options.batch_size, 1)
@@ -219,27 +255,24 @@ def choose(
     trained: Trained, runs: Runs, shape: tuple[int, int, int], options: Options, split: Split
 ) -> list[Record]:
     """Returns for each group what the learning rate and epochs of best validation mean give."""
-    areas = trained.validation.reshape(len(trained.validation), *shape, -1)
-    means = areas.mean(axis=(3, 4))  # (checkpoints, groups, rates), over seeds and tasks
+    kind = kind_of(split)
+    values = trained.validation.reshape(len(trained.validation), *shape, -1)
+    means = values.mean(axis=(3, 4))  # (checkpoints, groups, rates), over seeds and tasks
     chosen = []
     for group in range(shape[0]):
-        stretch, rate = np.unravel_index(means[:, group].argmax(), means[:, group].shape)
+        best = (kind.sign * means[:, group]).argmax()
+        stretch, rate = np.unravel_index(best, means[:, group].shape)
         first = (group * shape[1] + rate) * shape[2]
         scores = trained.scores[stretch, first : first + shape[2]]
         labels = np.asarray(split.test.labels)[:, np.asarray(runs.columns[first])]
-        precision = [
-            [average_precision_score(labels[:, i], s[:, i]) for i in range(labels.shape[1])]
-            for s in scores
-        ]
         chosen.append(
             {
                 "learning_rate": options.learning_rates[rate],
                 "epochs": int(stretch + 1) * options.evaluate_every,
                 "validation_means": rounded(means[:, group]),
-                "validation_auc": rounded(areas[stretch, group, rate]),
-                "test_auc": rounded(area_under_curve(scores, labels)),
-                "test_average_precision": rounded(precision),
+                f"validation_{next(iter(kind.measures))}": rounded(values[stretch, group, rate]),
             }
+            | {f"test_{name}": rounded(of(scores, labels)) for name, of in kind.measures.items()}
         )
     return chosen
 
@@ -260,8 +293,9 @@ def records_of(
     m = len(split.tasks)
     single = name == SINGLE
     method = METHODS["linear_scalarization" if single else name]
-    shares = np.asarray(split.train.labels, np.float64).mean(axis=0)
-    weights = SWEEPS[name](shares) if name in SWEEPS else None
+    labels = np.asarray(split.train.labels, np.float64)
+    shares = None if split.regression else labels.mean(axis=0)
+    weights = SWEEPS[name](m, shares) if name in SWEEPS else None
     groups = 1 if weights is None else len(weights)
     columns = np.arange(m)[:, None] if single else np.tile(np.arange(m), (groups, 1))
     runs = make_runs(options.learning_rates, seeds, columns, weights)

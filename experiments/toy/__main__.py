@@ -43,7 +43,7 @@ def track(aggregator: Any, num_tasks: int) -> Any:
     return optax.chain(jaxmtl.track_gradients(tracking_rate, num_tasks=num_tasks), aggregator)
 
 
-CAGRAD = METHODS["cagrad"].using(c=0.5)
+CAGRAD = METHODS["cagrad"].using(c=0.4)
 # SMG is MGDA on stochastic gradients. The authors' toy code of MoCo finds lambda exactly from the
 # tracked gradients; algorithm 1 of their paper takes one step of lambda at a time.
 MOCO = {

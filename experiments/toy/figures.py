@@ -34,12 +34,12 @@ NAMES = {
     "famo_decay_1e-5": "FAMO, decay 1e-5",
     "ldc_mtl": "LDC-MTL",
 }
-COLOURS = {"smg": "tab:blue", "smg_growing_batch": "tab:orange", "moco": "tab:green"}
+COLORS = {"smg": "tab:blue", "smg_growing_batch": "tab:orange", "moco": "tab:green"}
 LIMIT = 11.5  # of the parameters that are shown
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Saves a figure with 256 colours, which makes it three times smaller than with all."""
+    """Saves a figure with 256 colors, which makes it three times smaller than with all."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
@@ -70,7 +70,7 @@ def parameter_space(axis: Axes, paths: np.ndarray, alpha: float = 0.5) -> None:
     height = landscape.losses_at(grid) @ np.array([alpha, 1 - alpha])
     axis.contourf(ticks, ticks, height, levels=18, cmap="Blues_r", alpha=0.55)
     axis.plot(*landscape.pareto_set().T, color="0.35", lw=6, solid_capstyle="butt", zorder=2)
-    best = landscape.minimise_weighted(np.array([alpha]))[0]
+    best = landscape.minimize_weighted(np.array([alpha]))[0]
     axis.plot(*best, "*", color="gold", mec="black", ms=13, zorder=4)
     for path in paths:
         trajectory(axis, path)
@@ -92,7 +92,7 @@ def objective_space(
 
 def optimum(alpha: float) -> np.ndarray:
     """Returns the losses at the optimum of a weighted sum."""
-    return landscape.losses_at(landscape.minimise_weighted(np.array([alpha])))[0]
+    return landscape.losses_at(landscape.minimize_weighted(np.array([alpha])))[0]
 
 
 def two_rows(
@@ -181,7 +181,7 @@ def draw_bias(parts: Parts, path: Path) -> None:
     axes = figure.subplots(2, len(config["starts"]), sharey=True, sharex="row", squeeze=False)
     width = 5  # of the moving average
     for method, record in records.items():
-        colour = COLOURS[method]
+        color = COLORS[method]
         bias = np.array(record["bias"])
         steps = np.arange(bias.shape[-1]) * (config["steps"] // config["points"])
         kernel = np.ones(min(width, bias.shape[-1])) / min(width, bias.shape[-1])
@@ -193,8 +193,8 @@ def draw_bias(parts: Parts, path: Path) -> None:
             ticks = (steps / 1000, np.array(record["samples"]) / 1000)
             for axis, tick in zip(column, ticks, strict=True):
                 tick = tick[half : half + len(mean)]
-                axis.semilogy(tick, mean, color=colour, label=NAMES[method])
-                axis.fill_between(tick, mean - error, mean + error, color=colour, alpha=0.25)
+                axis.semilogy(tick, mean, color=color, label=NAMES[method])
+                axis.fill_between(tick, mean - error, mean + error, color=color, alpha=0.25)
                 axis.grid(alpha=0.3)
     for i, start in enumerate(config["starts"]):
         axes[0, i].set(title="start ({:g}, {:g})".format(*start), xlabel="thousand steps")

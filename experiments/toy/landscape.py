@@ -1,7 +1,7 @@
 """The landscape of Liu et al. 2021 (CAGrad): two objectives of two parameters, and its front.
 
 Above the axis x2 = 0 lie two narrow logarithmic valleys, one per objective, which cross at steep
-angles; below it two bowls with centres x1 = 7 and x1 = -7, whose minima are the Pareto front.
+angles; below it two bowls with centers x1 = 7 and x1 = -7, whose minima are the Pareto front.
 
 **The form.** Three papers print the formulas, each with other slips, collected in ``FORMS``:
 
@@ -36,7 +36,7 @@ class Form(NamedTuple):
 
     second_valley: float = 3.0  # offset of x1 in the second valley
     sign: float = 1.0  # of tanh(-x2) there
-    bowls: tuple[float, float] = (7.0, -7.0)  # centres in x1
+    bowls: tuple[float, float] = (7.0, -7.0)  # centers in x1
     floor: bool = True  # whether the bowls' second square is of x2, or of x1
 
 
@@ -68,7 +68,7 @@ def losses_at(points: np.ndarray, form: Form = PUBLISHED) -> np.ndarray:
     return np.asarray(jax.vmap(lambda x: losses(x, form))(flat)).reshape(np.shape(points))
 
 
-def minimise_weighted(
+def minimize_weighted(
     alphas: np.ndarray, form: Form = PUBLISHED, half_width: float = 12.0
 ) -> np.ndarray:
     """Returns argmin of ``alpha L1 + (1 - alpha) L2`` over a square, (k, 2) for (k,) alphas.
@@ -80,18 +80,18 @@ def minimise_weighted(
     grid = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), axis=-1).reshape(-1, 2)
 
     def best_of(pair: tuple[jax.Array, jax.Array], width: jax.Array) -> jax.Array:
-        centre, alpha = pair
-        points = jnp.clip(centre + width * grid, -half_width, half_width)
+        center, alpha = pair
+        points = jnp.clip(center + width * grid, -half_width, half_width)
         both = jax.vmap(lambda x: losses(x, form))(points)
         return points[jnp.argmin(both @ jnp.stack([alpha, 1 - alpha]))]
 
     with jax.enable_x64(True):
         search = jax.jit(lambda pairs, width: lax.map(lambda pair: best_of(pair, width), pairs))
-        centres, width = jnp.zeros((len(alphas), 2)), half_width
+        centers, width = jnp.zeros((len(alphas), 2)), half_width
         while width > 1e-4:
-            centres = search((centres, jnp.asarray(alphas)), width)
+            centers = search((centers, jnp.asarray(alphas)), width)
             width /= 5
-        return np.asarray(centres)
+        return np.asarray(centers)
 
 
 @cache
@@ -99,9 +99,9 @@ def pareto_set() -> np.ndarray:
     """Returns 201 points (201, 2) of the Pareto set, from the optimum of L2 to that of L1.
 
     Both bowls are convex in x1 and share their dependence on x2, so that the front is convex and
-    every point of it minimises a weighted sum.
+    every point of it minimizes a weighted sum.
     """
-    return minimise_weighted(np.linspace(0, 1, 201))
+    return minimize_weighted(np.linspace(0, 1, 201))
 
 
 def distance(points: np.ndarray, line: np.ndarray) -> np.ndarray:

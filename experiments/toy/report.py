@@ -33,7 +33,7 @@ def excess(record: Record) -> np.ndarray:
     """Returns how far weighted sums of losses are above their minima, (seeds, alphas, starts)."""
     alphas = np.array(record["config"]["alphas"])
     weights = np.stack([alphas, 1 - alphas], axis=-1)
-    least = landscape.losses_at(landscape.minimise_weighted(alphas))
+    least = landscape.losses_at(landscape.minimize_weighted(alphas))
     above = landscape.losses_at(np.array(record["final"])) - least[:, None]
     return np.einsum("saij,aj->sai", above, weights)
 

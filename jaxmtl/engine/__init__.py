@@ -4,9 +4,9 @@ To read it: ``program`` says what a use of a parameter is, ``build`` and ``prune
 a jaxpr, ``execute`` runs the program and pulls cotangents back, ``views`` and ``factors`` say when
 inner products need no gradient, ``primitives`` holds what is known of each family of primitives,
 ``plan`` chooses among the paths, ``per_example`` puts it together for one loss per example.
-``per_task`` is the route for m losses over one batch, ``encoder`` that through a representation;
-``route`` says what the three have in common, ``routes`` chooses, ``api`` is what users see, and
-``norms`` what they see of the Gramian's diagonal.
+``per_task`` is the route for m losses over one batch, ``encoder`` that through a representation,
+``separate`` that for a batch per loss; ``route`` says what they have in common, ``routes`` chooses,
+``api`` is what users see, and ``norms`` what they see of the Gramian's diagonal.
 """
 
 from jaxmtl.engine.api import cross_gramian, explain, value_and_grad, value_and_gramian

@@ -12,6 +12,7 @@ import jax.extend.core as jex
 from jax import lax
 
 from jaxmtl.engine import linearity
+from jaxmtl.engine.primitives import experts
 from jaxmtl.engine.program import (
     CONST,
     DATA,
@@ -38,6 +39,9 @@ _INLINE = {
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
 }
+
+
+_REMAT = ("remat2", "checkpoint", "remat")
 
 
 def _single_equation(
@@ -145,6 +149,7 @@ def _select(index: jax.Array, *cases: jax.Array) -> list[jax.Array]:
 class _Builder:
     def __init__(self) -> None:
         self.uses: list[Use] = []
+        self.chosen: dict[Value, Use] = {}  # slices of tables, by the lookup they come from
 
     def inline(
         self, jaxpr: Any, inputs: Sequence[Value], steps: list[Any], loops: tuple[Loop, ...]
@@ -197,6 +202,26 @@ class _Builder:
                     env[var] = out
         return tuple(read(v) for v in jaxpr.outvars)
 
+    def is_product_with_chosen(self, ins: Sequence[Value]) -> bool:
+        """Tells whether a product is one of data with a matrix from a table."""
+        sides = [k for k, v in enumerate(ins) if v in self.chosen]
+        if len(sides) != 1 or len(ins) != 2 or ins[1 - sides[0]].kind != DATA:
+            return False
+        return sum(n != 1 for n in ins[sides[0]].aval.shape) > 1
+
+    def product_with_chosen(
+        self, fun: Callable[..., Sequence[jax.Array]], ins: Sequence[Value]
+    ) -> tuple[Callable[..., Sequence[jax.Array]], tuple[Value, ...], Use, int]:
+        """Returns a product with a slice of a table as a function of the table itself."""
+        side = 0 if ins[0] in self.chosen else 1
+        inner, shape = self.chosen[ins[side]], ins[side].aval.shape
+
+        def product(*args: jax.Array) -> Sequence[jax.Array]:
+            matrix = inner.fun(*args[:-1])[0].reshape(shape)
+            return fun(matrix, args[-1]) if side == 0 else fun(args[-1], matrix)
+
+        return product, (*inner.ins, ins[1 - side]), inner, side
+
     def stateful(
         self, fun: Callable[..., Sequence[jax.Array]], ins: Sequence[Value], avals: Sequence[Any]
     ) -> Use:
@@ -223,6 +248,14 @@ class _Builder:
         debug_info: Any = None,
     ) -> tuple[Value, ...]:
         kinds = {v.kind for v in ins}
+        if name == "dot_general" and not loops and self.is_product_with_chosen(ins):
+            fun, ins, inner, side = self.product_with_chosen(fun, ins)
+            product = (Value(avals[0], DATA),)
+            use = Use(fun, ins, product, experts.NAME, eqn, len(self.uses), (), (0,))
+            use.inner, use.side = inner, side
+            self.uses.append(use)
+            steps.append(use)
+            return product
         if DATA in kinds or (name == "identity"):
             outs = tuple(Value(aval, DATA) for aval in avals)
             tapped = tuple(i for i, aval in enumerate(avals) if is_float(aval))
@@ -231,8 +264,14 @@ class _Builder:
                 use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped, probed)
                 self.uses.append(use)
                 steps.append(use)
+                if name in ("dynamic_slice", "gather") and experts.chosen_axis(use) is not None:
+                    self.chosen[outs[0]] = use
             else:
                 steps.append(Call(fun, tuple(ins), outs, name, eqn))
+                if name in ("squeeze", "reshape") and ins[0] in self.chosen:
+                    shapes = ([n for n in v.aval.shape if n != 1] for v in (ins[0], outs[0]))
+                    if len(set(map(tuple, shapes))) == 1:
+                        self.chosen[outs[0]] = self.chosen[ins[0]]
             return outs
         varying = tuple(
             sorted({loop for v in ins for loop in v.loops}, key=lambda loop: loop.depth)
@@ -297,6 +336,7 @@ class _Builder:
         ]
         body: list[Any] = []
         first_use = len(self.uses)
+        names = {e.primitive.name for e in closed.jaxpr.eqns}
         body_consts = [self.constant(c) for c in closed.consts]
         found = self.inline(closed.jaxpr, [*body_consts, *consts, *carry, *slices], body, inner)
         outs = tuple(
@@ -319,6 +359,7 @@ class _Builder:
                 outs[num_carry:],
                 results,
                 tuple(self.uses[first_use:]),
+                not names.isdisjoint(_REMAT),
             )
         )
         return results

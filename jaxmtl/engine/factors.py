@@ -9,6 +9,7 @@ which for a single position is the elementwise product of two Gramians, whatever
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,12 +35,19 @@ class Factors:
       right: ``(operand axis, Y axis)``.
       lookup: For a table lookup, the operand axis that is indexed: X then holds indices in place of
         one-hot rows, negative ones for lookups that read nothing, and ``left`` is empty.
+      choice: The operand axis along which each example chooses one slice, in none of the others.
+      positions: How many positions there are, where this is not seen from the use's output.
+      compute: ``(*operands, *cotangents) -> (X, Y)`` of one example, or with a choice ``(X, Y,
+        index)``, where they are not the residual and the cotangent themselves.
     """
 
     shared: tuple[tuple[int, int, int], ...]
     left: tuple[tuple[int, int], ...]
     right: tuple[tuple[int, int], ...]
     lookup: int | None = None
+    choice: int | None = None
+    positions: int | None = None
+    compute: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +77,7 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     """Returns inner products over own axes, ``(*shared, examples, *positions, examples', ...)``."""
     if p.is_lookup and q.is_lookup:
         a, b = whole(p.array), whole(q.array)
-        a = a.reshape(a.shape + (1,) * b.ndim)
+        a, b = a.reshape(a.shape + (1,) * b.ndim), b.reshape((1,) * a.ndim + b.shape)
         return ((a == b) & (a >= 0)).astype(dtype)
     if q.is_lookup:
         half = p.array.ndim - p.num_own
@@ -79,8 +87,8 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     if p.is_lookup:
         index, rows = whole(p.array), whole(q.array).astype(dtype)
         taken = jnp.take(rows, index, axis=-1, mode="fill", fill_value=0)
-        taken = jnp.where(index >= 0, taken, 0)
         rest = rows.ndim - 1
+        taken = jnp.where((index >= 0).reshape((1,) * rest + index.shape), taken, 0)
         return lax.transpose(taken, [*range(rest, taken.ndim), *range(rest)])
     shared = range(1, 1 + p.num_shared)
     own_p = range(p.array.ndim - p.num_own, p.array.ndim)
@@ -88,13 +96,24 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     return product(p.array, q.array, (own_p, own_q), (shared, shared), dtype)
 
 
-def inner_products(
-    a: tuple[Factor, Factor], b: tuple[Factor, Factor], pairing: str, dtype: jnp.dtype
-) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """The gradients of examples as sums of outer products; ``choice`` is which slice each chose."""
+
+    x: Factor
+    y: Factor
+    choice: jax.Array | None = None
+
+
+def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Array:
     """Returns ``<grad_i, grad'_j>`` of two uses of one parameter, ``(examples, examples')``."""
-    other = b if pairing == "straight" else (b[1], b[0])
-    table = contract(a[0], other[0], dtype) * contract(a[1], other[1], dtype)
-    num_shared = a[0].num_shared
-    split = a[0].array.ndim - a[0].num_own  # = the second axis of examples
+    x, y = (b.x, b.y) if pairing == "straight" else (b.y, b.x)
+    table = contract(a.x, x, dtype) * contract(a.y, y, dtype)
+    num_shared = a.x.num_shared
+    split = a.x.array.ndim - a.x.num_own  # = the second axis of examples
     axes = [i for i in range(table.ndim) if i not in (num_shared, split)]
-    return jnp.sum(table, axis=axes) if axes else table
+    block = jnp.sum(table, axis=axes) if axes else table
+    if a.choice is None or b.choice is None:
+        return block
+    first, second = whole(a.choice)[:, None], whole(b.choice)[None, :]
+    return jnp.where((first == second) & (first >= 0), block, 0)

@@ -131,12 +131,15 @@ class Part:
     names: AxisNames
 
     def axes(self) -> tuple[tuple[int, ...], ...]:
-        """Returns the names of the shared, left and right axes."""
-        sides = (self.layout.shared, *self.layout.own)
+        """Returns the names of the shared, left and right axes, and of that of a choice."""
+        choice = () if self.factors.choice is None else (self.factors.choice,)
+        sides = (self.layout.shared, *self.layout.own, choice)
         return tuple(tuple(sorted(self.names[a] or 0 for a in side)) for side in sides)
 
     def num_positions(self) -> int:
         """Returns the number of positions per example and shared index."""
+        if self.factors.positions is not None:
+            return self.factors.positions
         use, shape = self.use, self.use.params[0].shape
         out = use.outs[use.tapped[0]].aval.shape
         total = math.prod(loop.length for loop in use.loops) * math.prod(out)
@@ -191,8 +194,9 @@ class Part:
 
 def pairing(a: Part, b: Part) -> str | None:
     """Returns "straight" if X meets X, "crossed" if X meets the other's Y, None if neither."""
-    (shared, left, right), (other_shared, other_left, other_right) = a.axes(), b.axes()
-    if shared == other_shared:
+    shared, left, right, choice = a.axes()
+    other_shared, other_left, other_right, other_choice = b.axes()
+    if (shared, choice) == (other_shared, other_choice):
         if (left, right) == (other_left, other_right):
             return "straight"
         if (left, right) == (other_right, other_left):
@@ -230,6 +234,8 @@ def parts_of(use: Use, found: Factors, views: Views, alone: bool) -> list[Part] 
         if views.of(v) is not None:
             names = views.axis_names(v, alone and v is value)
         if names is not None:
+            if found.choice is not None and (v is not value or names[found.choice] is None):
+                return None
             if any(names[a] is None for a in (*layout.shared, *layout.own[0], *layout.own[1])):
                 return None
             parts.append(Part(use, found, start, steps, v, layout, names))

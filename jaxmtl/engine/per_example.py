@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxmtl import arguments, linalg
 from jaxmtl.engine import execute, factors
 from jaxmtl.engine.build import build
-from jaxmtl.engine.factors import Factor
+from jaxmtl.engine.factors import Outer
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan, describe, make_plan
 from jaxmtl.engine.primitives import rule_of
@@ -118,12 +118,21 @@ class Pass:
 
     def factors(
         self, part: Part, env: execute.Env, scaled: Callable[[jax.Array], jax.Array]
-    ) -> tuple[Factor, Factor]:
+    ) -> Outer:
         """Returns X and Y of one part of a structured group, Y in another scale."""
         use = part.use
-        x, y = self.residuals[use.index][0], self.cotangents[use.index][0]
-        x = rule_of(use).left(use, x, part.factors)
-        return part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
+        residual, cotangents = self.residuals[use.index], self.cotangents[use.index]
+        if part.factors.compute is None:
+            x, y = rule_of(use).left(use, residual[0], part.factors), cotangents[0]
+            choice: list[jax.Array] = []
+        else:
+            known = {v: execute.resolve(env, v) for v in use.ins if v.kind != DATA}
+            known.update(zip(use.data, residual, strict=True))
+            axes = [0 if v.kind == DATA else None for v in use.ins] + [0] * len(cotangents)
+            mapped = jax.vmap(part.factors.compute, in_axes=axes)
+            x, y, *choice = mapped(*(known[v] for v in use.ins), *cotangents)
+        found = part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
+        return Outer(*found, *choice)
 
 
 def _structured(
@@ -151,20 +160,24 @@ def _structured_squares(
 ) -> jax.Array:
     """Returns the diagonal of what `_structured` returns, each example by itself."""
     env = done.env()
-    parts = [done.factors(part, env, scaled) for part in group.parts]
+    found = [done.factors(part, env, scaled) for part in group.parts]
 
-    def one(arrays: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-        pairs = [
-            (dataclasses.replace(x, array=a[None]), dataclasses.replace(y, array=b[None]))
-            for (x, y), (a, b) in zip(parts, arrays, strict=True)
+    def one(arrays: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
+        alone = [
+            factors.Outer(
+                dataclasses.replace(outer.x, array=x[None]),
+                dataclasses.replace(outer.y, array=y[None]),
+                None if choice is None else choice[None],
+            )
+            for outer, (x, y, choice) in zip(found, arrays, strict=True)
         ]
         total = jnp.zeros((), dtype)
         for (i, j), pairing in group.pairings.items():
-            product = factors.inner_products(pairs[i], pairs[j], pairing, dtype)[0, 0]
+            product = factors.inner_products(alone[i], alone[j], pairing, dtype)[0, 0]
             total = total + product * (1 if i == j else 2)
         return total
 
-    squares = jax.vmap(one)([(x.array, y.array) for x, y in parts])
+    squares = jax.vmap(one)([(outer.x.array, outer.y.array, outer.choice) for outer in found])
     return jnp.maximum(squares, 0)  # over several positions the sum can round to below zero
 
 

@@ -82,12 +82,16 @@ class Use(Call):
       tapped: positions of the outputs that carry a derivative.
       probed: whether taps are added to its PARAM operands in place of its outputs: the backward
         pass then gives the rows themselves, by whatever rule a custom derivative has.
+      inner: for the product with a matrix from a table, the lookup.
+      side: and which operand of the product the matrix is.
     """
 
     index: int = 0
     loops: tuple[Loop, ...] = ()
     tapped: tuple[int, ...] = ()
     probed: bool = False
+    inner: Use | None = None
+    side: int = 0
 
     @property
     def taps(self) -> tuple[Any, ...]:
@@ -109,7 +113,7 @@ class Use(Call):
 
 @dataclasses.dataclass(eq=False)
 class Scan:
-    """An opened scan."""
+    """An opened scan; with ``remat``, one whose steps are computed again in the backward pass."""
 
     loop: Loop
     reverse: bool
@@ -123,6 +127,7 @@ class Scan:
     ys: tuple[Value, ...]
     outs: tuple[Value, ...]
     uses: tuple[Use, ...]
+    remat: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -23,7 +23,7 @@ def prune(program: Program) -> Program:
 
 
 def _mark(steps: Iterable[Any], live: set[Value]) -> None:
-    """Add to ``live`` the DATA values from which a derivative reaches a live one."""
+    """Adds to ``live`` the DATA values from which a derivative reaches a live one."""
     for step in reversed(list(steps)):
         if isinstance(step, Scan):
             _mark_scan(step, live)

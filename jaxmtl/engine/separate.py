@@ -85,8 +85,10 @@ class Separate:
 
     def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
         """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
-        if self._rows is None:  # one chunk does not know the scale of the next
-            return self.gramian(), jnp.zeros((), jnp.int32)
+        if self._rows is None:
+            table, largest = self._in_turn(self, scaled=True)
+            exponent = jnp.frexp(largest)[1]
+            return linalg.in_one_scale(linalg.symmetric(table), largest > 0, exponent)
         m, dtype = len(self._tasks), linalg.accumulation_dtype(self._leaves, self.losses)
         largest = jnp.zeros((m,), dtype)
         for (tasks, x), counts in zip(self._rows, self._shared, strict=True):
@@ -106,10 +108,18 @@ class Separate:
         shape = (len(self._tasks), len(other._tasks))
         if self._rows is not None and other._rows is not None:
             return self._products(self._rows, other._rows, shape)
-        return self._in_turn(other)
+        return self._in_turn(other)[0]
 
-    def _in_turn(self, other: "Separate") -> jax.Array:
-        """Returns ``J_1 J_2^T`` from one block of kept gradients after the other."""
+    def _in_turn(self, other: "Separate", scaled: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Returns ``J_1 J_2^T`` from one block of kept gradients after the other.
+
+        Args:
+          other: The losses of the second batch.
+          scaled: Whether each row is divided by two to the power of its exponent.
+
+        Returns:
+          The table, and the ``(m,)`` largest entries of J_1 by which its rows were scaled.
+        """
         m, num_columns, size = len(self._tasks), len(other._tasks), self._size
         dtype = linalg.accumulation_dtype(self._leaves, self.losses)
         plan = self._schedule(other)
@@ -126,19 +136,33 @@ class Separate:
         own = [other is self and a == 1 for a, _ in users]
         met = [leaf for leaf, (a, b) in enumerate(users) if a and b and not own[leaf]]
 
-        def kept(i: int) -> tuple[list[jax.Array], jax.Array]:
-            grads = self._tasks[i].gradient() if i < m else {}
+        def gradient(task: separate.Task | None) -> tuple[dict[int, jax.Array], jax.Array]:
+            grads = task.gradient() if task else {}
+            largest = jnp.zeros((), dtype)
+            if scaled:
+                for leaf, x in grads.items():
+                    if self._shared[leaf] and x.size:
+                        top = linalg.whole(jnp.max(jnp.abs(x)))
+                        largest = jnp.maximum(largest, top.astype(dtype))
+                exponent = jnp.frexp(largest)[1]
+                grads = {i: linalg.ldexp(x.astype(dtype), -exponent) for i, x in grads.items()}
+            return grads, largest
+
+        def kept(i: int) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+            grads, largest = gradient(self._tasks[i] if i < m else None)
             square = jnp.zeros((), dtype)
-            for leaf, x in grads.items():
-                if own[leaf]:
-                    square = square + linalg.row_products(x[None], x[None], dtype)[0, 0]
-            rows = [
-                grads[leaf] if leaf in grads else jnp.zeros_like(self._leaves[leaf]) for leaf in met
-            ]
-            return rows, square
+            rows = []
+            for leaf, like in enumerate(self._leaves):
+                if leaf in grads and own[leaf]:
+                    x = grads[leaf][None]
+                    square = square + linalg.row_products(x, x, dtype)[0, 0]
+                if leaf in met:
+                    zeros = jnp.zeros_like(like, dtype if scaled else like.dtype)
+                    rows.append(grads.get(leaf, zeros))
+            return rows, square, largest
 
         def column(j: int, rows: list[jax.Array]) -> jax.Array:
-            grads = other._tasks[j].gradient() if j < num_columns else {}
+            grads, _ = gradient(other._tasks[j] if j < num_columns else None)
             total = jnp.zeros((size,), dtype)
             for leaf, x in zip(met, rows, strict=True):
                 if leaf in grads:
@@ -148,25 +172,27 @@ class Separate:
         branches = [functools.partial(kept, i) for i in range(m + 1)]
         columns = [functools.partial(column, j) for j in range(num_columns + 1)]
 
-        def strip(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        def strip(block: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             start, tasks, others = block
-            rows, squares = lax.map(lambda i: lax.switch(i, branches), tasks)
+            rows, squares, largest = lax.map(lambda i: lax.switch(i, branches), tasks)
             table = lax.map(lambda j: lax.switch(j, columns, rows), others).T
             if other is not self:
-                return table
+                return table, largest
             inner = jnp.diag(squares)
             for x in rows:
                 inner = inner + linalg.row_products(x, x, dtype)
             padded = jnp.pad(table, ((0, 0), (0, len(plan) * size - num_columns)))
-            return lax.dynamic_update_slice(padded, inner, (jnp.zeros_like(start), start))
+            at = (jnp.zeros_like(start), start)
+            return lax.dynamic_update_slice(padded, inner, at), largest
 
         starts = jnp.arange(len(plan)) * size
-        table = lax.map(strip, (starts, jnp.asarray(of_block), jnp.asarray(compared)))
+        blocks = (starts, jnp.asarray(of_block), jnp.asarray(compared))
+        table, largest = lax.map(strip, blocks)
         table = table.reshape(-1, table.shape[-1])[:m, :num_columns]
-        if other is not self:
-            return table
-        number = np.arange(m) // size
-        return jnp.where(number[:, None] <= number[None, :], table, table.T)
+        if other is self:
+            number = np.arange(m) // size
+            table = jnp.where(number[:, None] <= number[None, :], table, table.T)
+        return table, largest.reshape(-1)[:m]
 
     def _schedule(self, other: "Separate") -> list[tuple[list[int], list[int]]]:
         """Returns blocks of tasks, and of each the tasks of the other batch to compare it with."""

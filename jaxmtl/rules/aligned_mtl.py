@@ -21,6 +21,9 @@ def aligned_mtl(
     values, where s is the smallest of them; they are found from the Gramian by
     `jaxmtl.solvers.singular_system`, those of short gradients as accurately as the largest.
 
+    Use it where every task should count alike whatever the length of its gradient, with a
+    preference where one matters more: it tends to the optimum of the preferred sum of losses.
+
     Args:
       preference: (m,) non-negative task weights p, or None for 1/m.
       scale: What s is of the non-zero singular values: ``"min"`` (the paper), ``"median"`` (the

@@ -43,6 +43,9 @@ def nash_mtl(
     Each task's improvement is weighed against its own; the solution does not depend on the
     scale of any gradient, and ``|J^T a|^2 = m`` always.
 
+    Use it where the result must not depend on the scale of any loss: the relative progress of all
+    tasks counts.
+
     Args:
       normalize: Solve on ``G / |G|_F``, which makes the update of degree 1 in J.
       max_norm: Bound on the norm of the update, by scaling it down at every step, those between
@@ -96,6 +99,9 @@ def fairgrad(
 
     alpha = 1 is proportional fairness (`nash_mtl`), 2 minimises potential delay, large alpha
     approaches max-min fairness (`mgda`, up to scale).
+
+    Use it to choose the degree of fairness: ``alpha`` from 0, the mean, by 1, Nash bargaining, to
+    large values, where the worst improvement counts.
 
     Args:
       alpha: Fairness, at least 0. At 0 the weights are 1/m, the mean (the limit of the

@@ -41,6 +41,9 @@ def cagrad(
     |g_0| g_w / |g_w|``, with w minimising ``g_w . g_0 + c |g_0| |g_w|`` over the simplex and
     ``g_w = J^T w``.
 
+    Use it for a compromise that stays near the mean: as fast as the mean where gradients agree,
+    with the worst task helped where they do not. ``c`` sets how far it may leave the mean.
+
     Args:
       c: Radius relative to the mean gradient, at least 0; 0 is the mean, and the direction goes to
         that of `mgda` for large c. The default is the paper's choice; 0.4 is the common setting of

@@ -46,6 +46,9 @@ def config(
 
     With U the unit gradients: ``x = pinv(U) p``, ``u = x / |x|``, update ``(sum_i g_i . u) u``.
 
+    Use it where all losses must fall at a like rate, as the terms of a physics-informed loss:
+    lengths of gradients do not matter to its direction.
+
     Args:
       preference: (m,) non-negative cosines p that are asked for, up to scale, or None for
         equal ones.

@@ -137,6 +137,9 @@ def conic_grad(
     in the cone) and the mean. Where `cagrad` bounds the distance to ``g_0``, this bounds the angle
     and keeps the length. It costs some ten least-norm problems of m variables.
 
+    Use it for a compromise as `cagrad` makes it, where the length of the step should stay the
+    mean's.
+
     Args:
       c: Cosine of the widest angle to ``g_0``, in [0, 1). Its default, 60 degrees, is a choice of
         this library.

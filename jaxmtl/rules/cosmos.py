@@ -29,6 +29,8 @@ def cosmos(
     well, so that one network covers the front: pass it to ``update`` as ``preference``. Larger
     penalties spread the front. One backward pass.
 
+    Use it to train one network for all trade-offs, conditioned on the preference.
+
     Args:
       penalty: lambda, at least 0 (0 is `linear_scalarization`). The paper's values go from 0.01 to
         8, by data set.

@@ -22,6 +22,9 @@ def db_mtl(
     With ``g_i`` the gradient of ``log(l_i + 1e-8)``: ``y_i <- g_i + (beta / k^sigma) (y_i - g_i)``,
     ``y_i = 0`` at the start, k from 1; update ``max_j |y_j| sum_i y_i / |y_i|``.
 
+    Use it where losses and gradients differ by orders of magnitude and memory for m more gradients
+    is at hand.
+
     Args:
       beta: In [0, 1).
       sigma: At least 0.

@@ -24,6 +24,8 @@ def dcgd(*, num_tasks: int | None = None) -> Aggregator:
     rows "center" is `config`, and "projection" is `dual_proj` times 2 (of the sum, not the mean).
     The price is that of the Gramian.
 
+    Use it for physics-informed networks of two terms, a residual and a boundary.
+
     Args:
       num_tasks: m; if given the state logs ``mtl_weights``.
 

@@ -44,6 +44,9 @@ def upgrad(
     ``w = sum_i p_i w_i`` with ``w_i = argmin_{v >= e_i} v^T G v`` and p = ``preference`` or
     1/m. The m problems share one matrix and are solved together.
 
+    Use it first where gradients conflict: it has nothing to tune, harms no task to first order, and
+    tasks with long gradients count more, as with the mean.
+
     Args:
       preference: (m,) non-negative weights p of the projected gradients, or None.
       ridge: Share of ``ridge_of`` that is added to the diagonal of G, of the present tasks, before
@@ -104,6 +107,9 @@ def dual_proj(
     """Projects the mean gradient onto the dual cone of all gradients.
 
     ``w = argmin_{v >= p} v^T G v`` with p = ``preference`` or 1/m.
+
+    Use it where a sum is wanted and must harm no task: a new task beside old ones that must not be
+    forgotten.
 
     Args:
       preference: (m,) non-negative weights p of the projected sum, or None.

@@ -56,6 +56,8 @@ def dwa(
     ``sum_i w_i l_i`` with ``w = m softmax(r / T)``, ``r_i = L_i(t-1) / L_i(t-2)`` the ratio of
     the mean losses of the last two epochs; ones in the first two epochs.
 
+    Use it as a cheap baseline where losses fall at different speeds: one backward pass.
+
     Args:
       temperature: T, positive.
       steps_per_epoch: How many steps are averaged; 1 compares single steps.

@@ -45,6 +45,8 @@ def excess_mtl(
     ``S += g^2`` per coordinate, ``e_i = g_i . (S_i + 1e-7)^(-1/2) g_i``, ``w_i <- w_i exp(eta e_i /
     (e0_i + 1e-7))``, scaled to sum 1; e0 is the mean of e over the warm-up, in which w stays.
 
+    Use it where labels of some tasks are noisy: a loss that cannot fall further loses its weight.
+
     Args:
       step_size: eta, positive.
       num_tasks: m, required.

@@ -50,6 +50,9 @@ def famo(
     previous batch at the current parameters before the step. xi is updated before z is formed,
     which is the authors' order; the first call ignores the value (any array, such as zeros).
 
+    Use it at the budget of one gradient where losses should fall at equal rates; it needs the
+    losses of the previous batch, a forward pass more.
+
     Args:
       num_tasks: m, required; the state logs ``mtl_weights``.
       min_losses: (m,) b, lower bounds of the losses; 0 if None.

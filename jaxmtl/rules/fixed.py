@@ -16,6 +16,9 @@ def linear_scalarization(
 
     ``w`` is given; mean (None), sum (``jnp.ones(m)``) and any constant weighting are cases.
 
+    Use it first: with tuned weights it is often as good as any other, and it is what others must be
+    compared with.
+
     Args:
       weights: (m,) finite weights of any sign, or None for 1/m each.
       num_tasks: m; if given the state logs ``mtl_weights``.
@@ -53,6 +56,8 @@ def linear_scalarization(
 @method("softmax of Gaussian noise", "Lin 2021", "linear under scaling", "scale-free")
 def rgw(*, num_tasks: int | None = None, seed: int = 0) -> Aggregator:
     """Weighs the gradients at random, ``w = softmax(z)`` with ``z ~ N(0, I_m)``.
+
+    Use it as a baseline: what random weights reach is no merit of a method.
 
     Args:
       num_tasks: m; if given the state logs ``mtl_weights``.

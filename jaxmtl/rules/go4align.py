@@ -81,6 +81,8 @@ def go4align(num_groups: int = 2, *, step_size: float = 1e-4, num_tasks: int) ->
     ``max(l_i, tiny)`` stands for ``l_i``, tiny the least normal number: a task whose loss is zero
     or negative has v = 0.
 
+    Use it at the budget of one gradient for many tasks of which some belong together.
+
     Args:
       num_groups: k, at least 1; the authors choose it for each data set.
       step_size: eta, at least 0.

@@ -69,6 +69,8 @@ def graddrop(
     entries are summed, else the negative ones: ``sum_i (leak_i + (1 - leak_i) M_i) g_i`` with M
     the mask.
 
+    Use it where tasks disagree coordinate by coordinate and noise in the updates does no harm.
+
     Args:
       leak: (m,) shares in [0, 1] of each gradient that pass unmasked, or None for 0.
       f: Increasing function from [0, 1] to [0, 1], elementwise; None for the identity.

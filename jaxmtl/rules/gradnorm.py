@@ -40,6 +40,9 @@ def gradnorm(
     ``sum_i w_i l_i``, with w a step on ``sum_i |w_i |g_i| - sg(mean_j(w_j |g_j|) r_i^alpha)|``
     after each use, ``r_i = (l_i / l_i0) / mean_j (l_j / l_j0)``; w is then scaled to sum m.
 
+    Use it where tasks train at different speeds and norms of gradients, on the last shared layer
+    for instance, should follow.
+
     Args:
       alpha: Strength with which slow tasks are pulled, at least 0.
       num_tasks: m, required; the state logs ``mtl_weights``.

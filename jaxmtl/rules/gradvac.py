@@ -94,6 +94,9 @@ def gradvac(
     ``|g_i| (phi sqrt(1 - c^2) - c sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2)) g_j``; afterwards
     ``phi_ij <- (1 - beta) phi_ij + beta c``. The targets start at 0.
 
+    Use it for many related tasks, such as languages, whose gradients should be as similar as they
+    usually are.
+
     Args:
       beta: Rate of the running mean, in [0, 1].
       num_tasks: m, required for the (m, m) targets; the state logs ``mtl_weights``.

@@ -33,6 +33,8 @@ def hypervolume_scalarization(
     ``preference`` anew for each member or step therefore ascends the hypervolume. One backward
     pass.
 
+    Use it to cover a front by many runs, or members of a population, with directions drawn anew.
+
     Args:
       reference: b, upper bounds of the losses; a number for all or (m,).
       preference: (m,) p, equal entries if None; ``update(..., preference=)`` overrides it. A task

@@ -24,6 +24,8 @@ def imtl(
     With ``e = exp(s)`` of `imtl_l`, ``w_i = e_i v_i`` with v the weights of `imtl_g` for the
     gradients ``e_i g_i`` of the scaled losses.
 
+    Use it where neither the scale of losses nor the length of gradients should matter, with heads.
+
     Args:
       num_tasks: m, required; the state logs ``mtl_weights``.
       max_weight: Bound on e, as in `imtl_l`.

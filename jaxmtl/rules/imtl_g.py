@@ -32,6 +32,8 @@ def imtl_g(*, num_tasks: int | None = None) -> Aggregator:
     ``v = pinv(G) d`` with d the norms of the gradients; ``w = v / sum(v)``, and 0 where the sum
     vanishes.
 
+    Use it where every task should make equal progress per length of its gradient.
+
     Args:
       num_tasks: m; if given the state logs ``mtl_weights``.
 

@@ -21,6 +21,9 @@ def krum(
     The score of a row is the sum of its distances to its ``m - f - 2`` nearest others; the
     rows of lowest score are selected (the first ones, on ties).
 
+    Use it where some of many gradients may be wrong altogether; it follows one and ignores the
+    rest.
+
     Args:
       num_byzantine: f, the number of rows that may be arbitrary, at least 0.
       num_selected: How many rows are averaged, at least 1.

@@ -146,6 +146,8 @@ def ldc_mtl(
     one weighted backward pass: ``w_i = (lambda sigma_i + tau_i (s_i - s_{i-1})) dl~_i/dl_i`` with
     ``s_i = sign(tau_i l~_i - tau_{i+1} l~_{i+1})``, ``s_0 = s_m = 0``. Weights can be negative.
 
+    Use it at the budget of one gradient where losses should stay close to each other.
+
     Args:
       penalty: lambda, at least 0.
       num_tasks: m, required; the state logs ``mtl_weights``.

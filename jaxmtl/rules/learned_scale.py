@@ -35,6 +35,9 @@ def uncertainty_weighting(
     classification, descended in the parameters and in the log-variances s:
     ``w_i = a_i exp(-s_i)``, ``ds_i = 1/2 - w_i l_i``.
 
+    Use it at the budget of one gradient where losses are likelihoods of different noise: the common
+    first choice.
+
     Args:
       kind: ``"regression"`` or ``"classification"``, or m of these, one per task.
       num_tasks: m, required; the state logs ``mtl_weights``.
@@ -128,6 +131,8 @@ def imtl_l(
 
     ``sum_i exp(s_i) l_i - s_i``, descended in the parameters and in s: ``w_i = exp(s_i)``,
     ``ds_i = w_i l_i - 1``, so that ``exp(s_i) l_i`` goes to 1.
+
+    Use it at the budget of one gradient where losses have different scales that change.
 
     Args:
       num_tasks: m, required; the state logs ``mtl_weights``.

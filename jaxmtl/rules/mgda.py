@@ -15,6 +15,10 @@ def mgda(*, rho: float | jax.Array = 0.0, num_tasks: int | None = None) -> Aggre
     ``w = argmin over the simplex of w^T G w + rho |w|^2``. Rows can be normalized first, as Sener
     and Koltun do, with ``scale_rows(mgda(), by="norm")``.
 
+    Use it to reach some point of the Pareto front where no loss may rise on the way. It favors
+    tasks with short gradients and stops at the first such point: slow where gradients differ in
+    length.
+
     Args:
       rho: Regularization, at least 0, in the units of the squared gradients: it makes the weights
         unique and Lipschitz in the gradients. The fixed point of `moco`'s lambda. It may be traced.

@@ -58,6 +58,8 @@ def moco(
     (Y_k Y_k^T + rho I) lambda_k)`` and the update ``Y_k^T lambda_k``, then ``Y_{k+1}`` from the
     gradients of step k.
 
+    Use it with noisy gradients where the weights must converge and m more gradients fit.
+
     Args:
       num_tasks: m, required.
       beta: Rate of Y: a number in [0, 1] or a schedule in k, from 1.

@@ -29,6 +29,8 @@ def modo(gamma: float = 0.1, *, rho: float = 0.0, num_tasks: int) -> Aggregator:
     batch (Chen et al. 2023) or ``(J_1 + J_2) / 2`` (the two-batch form of the journal version).
     The documentation's training steps show both.
 
+    Use it with noisy gradients where two or three independent batches a step can be had.
+
     Args:
       gamma: Step size, positive.
       rho: Regularization, at least 0.

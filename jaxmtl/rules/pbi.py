@@ -30,6 +30,9 @@ def pbi(
     to the losses asked for, where in `tchebycheff` it is proportional to their inverses. One
     backward pass.
 
+    Use it to reach the point of a front in proportion to given losses, on fronts that are not
+    convex too.
+
     Args:
       theta: At least 0; the paper uses 5.
       preference: (m,) p, equal entries if None; ``update(..., preference=)`` overrides it.

@@ -65,6 +65,9 @@ def pcgrad(*, reduction: str = "sum", num_tasks: int | None = None, seed: int = 
     ``v_i`` has a negative inner product with the raw ``g_j``, its projection on ``g_j`` is
     subtracted. The update is ``sum_i v_i``. Exact in coefficient space, O(m^3).
 
+    Use it as a cheap remedy for conflicts of few tasks: no solver. With two tasks it has the
+    direction of `upgrad`, which is half as long.
+
     Args:
       reduction: ``"sum"``: the update is ``sum_i v_i``; ``"mean"``: that over the number of present
         tasks, as Zhou et al. 2022 print it and as their corollary 1 needs it.

@@ -15,6 +15,8 @@ def rlw(*, num_tasks: int | None = None, seed: int = 0) -> Aggregator:
 
     ``sum_i w_i l_i`` with ``w = softmax(z)``, ``z ~ N(0, I_m)`` drawn anew at every step.
 
+    Use it as a baseline: what random weights reach is no merit of a method.
+
     Args:
       num_tasks: m; if given the state logs ``mtl_weights``.
       seed: Seed of the draws; ``update(..., key=)`` overrides a draw.

@@ -15,6 +15,8 @@ def scale_invariant(*, num_tasks: int | None = None) -> Aggregator:
     ``sum_i log l_i``, so ``w_i = 1 / l_i``; with ``max(l_i, tiny)`` for ``l_i``, tiny the least
     normal number: a task whose loss is zero or negative is constant and has weight 0.
 
+    Use it at the budget of one gradient where losses are positive and differ in scale.
+
     Args:
       num_tasks: m; if given the state logs ``mtl_weights``.
 
@@ -48,6 +50,8 @@ def gls(*, num_tasks: int | None = None) -> Aggregator:
     ``(prod_i l_i)^(1/m)``, so ``w_i = (prod_j l_j)^(1/m) / (m l_i)``. A task whose loss is at or
     below the least normal number, zero or negative, leaves the product like an absent one and has
     weight 0: in the plain formula it has an infinite weight, and all others weight 0.
+
+    Use it at the budget of one gradient where losses are positive and of different units.
 
     Args:
       num_tasks: m; if given the state logs ``mtl_weights``.

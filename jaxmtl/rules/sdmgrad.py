@@ -38,6 +38,9 @@ def sdmgrad(
     lambda G12 p))`` with ``G12 = J_1 J_2^T`` from two independent batches; then, with the rows J
     of a third, the update ``J^T (w + lambda p) / (1 + lambda)``.
 
+    Use it with noisy gradients and independent batches where the direction should stay near the
+    mean; ``lam`` sets how near.
+
     Args:
       lam: lambda, at least 0.
       form: ``"paper"``: the steps above, eta = 0.1; ``"code"``: ``G12`` is divided by the

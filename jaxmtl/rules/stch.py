@@ -46,6 +46,9 @@ def stch(
     stands for ``l_i``, tiny the least normal number: a task whose loss is zero or negative has
     weight 0.
 
+    Use it at the budget of one gradient where the worst of the weighted losses counts, on fronts of
+    any shape.
+
     Args:
       mu: Positive; the smaller, the closer to the maximum.
       preference: (m,) p of the paper's form, 1/m if None.

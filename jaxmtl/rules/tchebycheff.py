@@ -24,6 +24,9 @@ def tchebycheff(
     not. One backward pass; of all tasks but one the gradient is not used, and the steps jump
     between tasks near the ray: `stch` is the smooth form.
 
+    Use it for exact statements on small problems; to train networks its smooth form `stch` is
+    better.
+
     Args:
       preference: (m,) p, 1/m if None; ``update(..., preference=)`` overrides it.
       ideal: (m,) z, lower bounds of the losses, 0 if None.

@@ -14,6 +14,8 @@ from jaxmtl.types import Aggregator
 def trimmed_mean(trim: int = 1, *, num_tasks: int | None = None) -> Aggregator:
     """Averages, per coordinate, what is left after dropping the extremes.
 
+    Use it where single gradients may be outliers, coordinate by coordinate.
+
     Args:
       trim: k, how many of the largest and how many of the smallest entries are dropped, at
         least 0.

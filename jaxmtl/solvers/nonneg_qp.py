@@ -7,6 +7,8 @@ problem, a chunk at a time. Every solver of this package but the bargaining equa
 comes down to this one.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,6 +17,8 @@ from jax import lax
 
 # Bytes of one array of faces in the active-set method; about four of them are alive.
 _CHUNK_BYTES = 2**25
+# Matrices larger than _SMALL meet _BLOCK right-hand sides at a time.
+_SMALL, _BLOCK = 64, 32
 
 
 class Solution(NamedTuple):
@@ -41,24 +45,24 @@ def kkt_residual(matrix: jax.Array, linear: jax.Array, x: jax.Array, scale: jax.
 def conjugate_gradients(
     matrix: jax.Array,
     linear: jax.Array,
-    allowed: jax.Array,
     scale: jax.Array,
     start: jax.Array | None,
+    *,
     steps: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs projected conjugate gradients on every column of ``linear`` at once.
 
-    After Dostal's modified proportioning: conjugate steps on the free variables while their
-    gradient outweighs that of the fixed ones, else a step that frees all fixed variables
-    along which the objective falls. A step that leaves the orthant ends at its boundary, and
-    the next goes along the projection of a gradient step, no further than its end. All step
-    lengths are exact, so the objective never rises, and each step costs one product with
+    After Dostal's modified proportioning. While the gradient of the free variables outweighs
+    that of the fixed ones, steps are conjugate; else a step frees all fixed variables along
+    which the objective falls. A conjugate step that would leave the orthant ends at its
+    boundary, and the next goes towards the projection of a gradient step. Lengths are exact
+    unless a sign blocks, so the objective never rises, and each step costs one product with
     the matrix. An answer counts once its gradient, computed anew, agrees.
 
     Args:
       matrix: Q, (m, m).
-      linear: (m, k), one right-hand side per column, with entries near 1.
-      allowed: (m, k) bool, False fixes a variable at zero.
+      linear: (m, k), one right-hand side per column, with entries near 1. A large negative
+        entry fixes a variable at zero.
       scale: (1, k), what the accuracy is relative to, beside x.
       start: (m, k) feasible starting points; zero if None.
       steps: The largest number of steps.
@@ -68,92 +72,97 @@ def conjugate_gradients(
     """
     m, k = linear.shape
     dtype = linear.dtype
-    eps = float(jnp.finfo(dtype).eps)
+    eps, tiny = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny)
     tolerance = 4 * eps * m**0.5
+    goal = (tolerance * scale) ** 2
     # Beyond these, x may be on its way to infinity: left to the other method, which can tell.
     longest, largest = 1 / (4 * m * eps), eps**-0.25
 
     class Carry(NamedTuple):
         x: jax.Array  # (m, k)
         gradient: jax.Array  # (m, k) Q x - b
-        direction: jax.Array  # (m, k); x itself where the gradient is computed anew
-        conjugate: jax.Array  # (1, k) bool: the direction is one of free variables
-        bent: jax.Array  # (1, k) bool: the direction leads to a projected point
-        verifying: jax.Array  # (1, k) bool
-        solved: jax.Array  # (1, k) bool
+        direction: jax.Array  # (m, k); 0 where a problem is not worked on
+        descent: jax.Array  # (1, k) by which the direction lowers the objective at first
+        length: jax.Array  # (1, k) of the last exact step
+        conjugate: jax.Array  # (1, k) bool: the direction may be followed by a conjugate one
         stuck: jax.Array  # (1, k) bool
-        length: jax.Array  # (1, k) of the last step
         steps: jax.Array  # ()
 
     def total(products: jax.Array) -> jax.Array:
         return jnp.sum(products, 0, keepdims=True)
 
-    def step(c: Carry) -> Carry:
-        image = matrix @ c.direction
-        slope = total(c.gradient * c.direction)
-        curvature = jnp.maximum(total(c.direction * image), -eps * slope)
-        moving = ~(c.verifying | c.stuck) & (curvature > 0)
-        curvature = jnp.where(curvature > 0, curvature, 1)
-        length = jnp.where(moving, jnp.maximum(-slope / curvature, 0), 0)
-        falling = c.direction < 0
-        ratio = jnp.where(falling, -c.x / jnp.where(falling, c.direction, -1), jnp.inf)
-        reach = jnp.where(c.bent, 1, jnp.min(ratio, 0, keepdims=True))
-        blocked = length > reach
-        taken = jnp.minimum(length, reach)
-        stuck = c.stuck | (taken > longest) | (jnp.max(c.x, 0, keepdims=True) > largest * scale)
-        moving &= ~stuck
-        taken = jnp.where(moving, taken, 0)
-        x = jnp.where(moving & (ratio <= taken), 0, jnp.maximum(c.x + taken * c.direction, 0))
-        x = jnp.where(moving, x, c.x)
-        gradient = jnp.where(c.verifying, image - linear, c.gradient + taken * image)
+    def working(c: Carry) -> jax.Array:
+        return jnp.any(c.descent > goal) & (c.steps < steps)
 
-        last = jnp.where(moving & (length > 0), length, c.length)
-        inner = jnp.where(x > 0, gradient, 0)
-        outer = jnp.where((x > 0) | ~allowed, 0, jnp.minimum(gradient, 0))
-        # What a step of this length can use of the free variables' gradient.
-        free = total(inner * jnp.minimum(inner, x / last))
-        fixed = total(outer * outer)
-        size = scale + jnp.max(x, 0, keepdims=True)
-        optimal = free + fixed <= (tolerance * size) ** 2
-        solved = c.solved | (optimal & c.verifying)
-        closed = solved | stuck
-        verifying = optimal & ~closed
-        bent = blocked & c.conjugate & moving & ~optimal
-        proportional = fixed <= free
-        keep = c.conjugate & ~blocked & moving & (slope < 0)
-        turn = jnp.where(keep, total(inner * image) / curvature, 0)
-        direction = jnp.where(proportional, turn * c.direction - inner, -outer)
-        direction = jnp.where(bent, jnp.maximum(x - last * inner, 0) - x, direction)
-        direction = jnp.where(verifying, x, jnp.where(closed, 0, direction))
+    # Few passes over (m, k) arrays: beside the product they are the cost.
+    def step(c: Carry) -> Carry:
+        live = c.descent > goal
+        image = matrix @ c.direction
+        curvature = jnp.maximum(total(c.direction * image), eps * c.descent)
+        curvature = jnp.where(live, curvature, 1)
+        exact = jnp.where(live, c.descent / curvature, 0)
+        steepest = jnp.max(-c.direction / (c.x + tiny), 0, keepdims=True)
+        blocked = exact * steepest > 1
+        length = jnp.where(blocked, 1 / jnp.where(blocked, steepest, 1), exact)
+        stuck = length > longest
+        length = jnp.where(stuck, 0, length)
+        x = c.x + length * c.direction
+        x = jnp.where(x <= 4 * eps * c.x, 0, x)  # exactly, for what blocks
+        gradient = c.gradient + length * image
+
+        last = jnp.where(live & (exact > 0), exact, c.length)
+        bent = blocked & c.conjugate
+        # Bent directions reach the boundary no sooner than after a step of the last length.
+        bound = jnp.where(bent, 1 / last, eps**-2)
+        inside = x > 0
+        fixed = total(jnp.where(inside, 0, jnp.minimum(gradient, 0)) ** 2)
+        free = total(jnp.where(inside, gradient * jnp.minimum(x * bound, gradient), 0))
+        inner = bent | (fixed <= free)
+        turn = total(jnp.where(inside, gradient * image, 0)) / curvature
+        turn = jnp.where(inner & c.conjugate & ~blocked, turn, 0)
+        slope = jnp.where(inside, jnp.minimum(x * bound, gradient), jnp.minimum(gradient, 0))
+        direction = turn * c.direction - jnp.where(inside == inner, slope, 0)
+        live &= ~stuck
+        descent = jnp.where(inner, free, fixed)
         return Carry(
             x=x,
             gradient=gradient,
-            direction=direction,
-            conjugate=proportional & ~bent & ~optimal,
-            bent=bent,
-            verifying=verifying,
-            solved=solved,
-            stuck=stuck,
+            direction=jnp.where(live, direction, 0),
+            descent=jnp.where(live, descent, 0),
             length=last,
+            conjugate=inner & ~bent,
+            stuck=c.stuck | stuck,
             steps=c.steps + 1,
         )
 
-    no = jnp.zeros((1, k), bool)
+    def begin(
+        x: jax.Array, gradient: jax.Array, length: jax.Array, stuck: jax.Array, steps: jax.Array
+    ) -> tuple[Carry, jax.Array]:
+        size = scale + jnp.max(x, 0, keepdims=True)
+        gap = jnp.max(jnp.abs(jnp.minimum(x, gradient)), 0, keepdims=True)
+        stuck |= size > largest * scale
+        solved = (gap <= 2 * tolerance * size) & ~stuck
+        slope = jnp.where(solved | stuck, 0, jnp.minimum(x / length, gradient))
+        descent = total(gradient * slope)
+        return Carry(x, gradient, -slope, descent, length, no, stuck, steps), solved
+
+    def verify(carry: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, jax.Array, jax.Array]:
+        c, _, cycles = carry
+        c = lax.while_loop(working, step, c)
+        gradient = matrix @ c.x - linear
+        c, solved = begin(c.x, gradient, c.length, c.stuck, c.steps + 1)
+        return c, solved, cycles + 1
+
+    def unsettled(carry: tuple[Carry, jax.Array, jax.Array]) -> jax.Array:
+        c, solved, cycles = carry
+        return jnp.any(~(solved | c.stuck)) & (c.steps < steps) & (cycles < 4)
+
     x = jnp.zeros((m, k), dtype) if start is None else start
-    first = Carry(
-        x=x,
-        gradient=-linear,
-        direction=jnp.where(allowed, jnp.maximum(linear, 0), 0) if start is None else x,
-        conjugate=no,
-        bent=no,
-        verifying=no if start is None else ~no,
-        solved=no,
-        stuck=no,
-        length=jnp.ones((1, k), dtype),
-        steps=jnp.zeros((), jnp.int32),
-    )
-    last = lax.while_loop(lambda c: jnp.any(~(c.solved | c.stuck)) & (c.steps < steps), step, first)
-    return last.x, last.solved
+    gradient = -linear if start is None else matrix @ x - linear
+    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((1, k), bool)
+    first, solved = begin(x, gradient, jnp.ones((1, k), dtype), no, zero)
+    c, solved, _ = lax.while_loop(unsettled, verify, (first, solved, zero))
+    return c.x, solved
 
 
 def active_set(
@@ -186,7 +195,7 @@ def active_set(
     tolerance = 10 * m * eps
     identity = jnp.eye(m, dtype=dtype)
 
-    def minimise_on(free: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def minimise_on(free: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         pair = free[:, :, None] & free[:, None, :]
         diagonal = jnp.where(free, ridge, 1)[:, :, None] * identity[None]
         face = jnp.where(pair, matrix[None], 0) + diagonal
@@ -213,12 +222,14 @@ def active_set(
             lacking = jnp.max(jnp.abs(rest), -1)
             return Refined(step, rest, lacking, lacking > 0.9 * c.lacking, c.times + 1)
 
+        gradient = linear - x @ matrix
         rest = jnp.where(free, gradient, 0)
         lacking = jnp.max(jnp.abs(rest), -1)
         no = jnp.zeros((k,), bool)
         first = Refined(jnp.zeros_like(rest), rest, lacking, no, jnp.zeros((), jnp.int32))
         last = lax.while_loop(imprecise, refine, first)
-        size = scale + jnp.max(jnp.abs(last.step), -1)
+        # Rounding of Q x lacks no more than this.
+        size = scale + jnp.max(x, -1) + jnp.max(jnp.abs(last.step), -1)
         return last.step, last.idle & (last.lacking > 2 * m * eps * size)
 
     def residual_of(x: jax.Array) -> jax.Array:
@@ -237,7 +248,7 @@ def active_set(
         return jnp.any(~c.done) & (c.rounds < 4 * m + 20)
 
     def improve(c: Carry) -> Carry:
-        step, inconsistent = minimise_on(c.free, linear - c.x @ matrix)
+        step, inconsistent = minimise_on(c.free, c.x)
         falling = c.free & (step < 0)
         reach = jnp.where(falling, -c.x / jnp.where(falling, step, -1), jnp.inf)
         length = jnp.minimum(jnp.min(reach, -1, keepdims=True), 1)
@@ -277,6 +288,33 @@ def active_set(
     )
     last = lax.while_loop(unfinished, improve, first)
     return last.best, last.unbounded
+
+
+def _in_blocks(
+    solve: Callable[..., tuple[jax.Array, jax.Array]],
+    linear: jax.Array,
+    scale: jax.Array,
+    start: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Solves large problems some columns at a time.
+
+    A block stops when its own problems are solved, and its arrays fit the caches.
+    """
+    m, k = linear.shape
+    if m <= _SMALL or k <= _BLOCK:
+        return solve(linear, scale, start)
+    blocks = -(-k // _BLOCK)
+
+    def split(columns: jax.Array) -> jax.Array:
+        padded = jnp.pad(columns, ((0, 0), (0, blocks * _BLOCK - k)))
+        return padded.reshape(-1, blocks, _BLOCK).swapaxes(0, 1)
+
+    def join(found: jax.Array) -> jax.Array:
+        return found.swapaxes(0, 1).reshape(-1, blocks * _BLOCK)[:, :k]
+
+    args = (split(linear), split(scale), None if start is None else split(start))
+    x, solved = lax.map(lambda block: solve(*block), args)
+    return join(x), join(solved)
 
 
 def nonneg_qp(
@@ -332,13 +370,11 @@ def nonneg_qp(
     scale = jnp.ldexp(scale, -exponent[:, 0])
     scaled = jnp.where(allowed, jnp.ldexp(linear, -exponent), 0)
     start = None if start is None else jnp.ldexp(start, -exponent)
-    found, solved = conjugate_gradients(
-        matrix,
-        scaled.T,
-        allowed.T,
+    found, solved = _in_blocks(
+        partial(conjugate_gradients, matrix, steps=2 * m + 50 if steps is None else steps),
+        jnp.where(allowed, scaled, -1 / float(jnp.finfo(dtype).eps)).T,
         scale[None],
         None if start is None else start.T,
-        2 * m + 50 if steps is None else steps,
     )
 
     # A loop of no rounds, unlike a branch, costs nothing under vmap when all are solved.

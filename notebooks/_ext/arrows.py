@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# In a page the theme's own text colour; on a card of its own, fixed.
+# In a page the theme's own text color; on a card of its own, fixed.
 STYLE = """
 .mtl text { font: 13px system-ui, sans-serif; fill: currentColor; }
 .mtl .task1 { stroke: #0e86d4; fill: #0e86d4; } .mtl .task2 { stroke: #e0761a; fill: #e0761a; }
@@ -74,7 +74,7 @@ def picture(
     Args:
       panels: Arrows and a caption, for each panel.
       gradients: (m, 2), for the cone.
-      card: Whether to put it on a white card, for pages whose colours are not known.
+      card: Whether to put it on a white card, for pages whose colors are not known.
       size: Height of a panel.
     """
     ends = np.concatenate([[a.end for a in arrows] for arrows, _ in panels] + [np.zeros((1, 2))])

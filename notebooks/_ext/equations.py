@@ -18,6 +18,8 @@ EQUATIONS = {
     "cr_mogm": r"w_k = \alpha_k w_{k-1} + (1 - \alpha_k)\, v_k, \qquad v_k \text{ the weights of the rule inside}",
     "db_mtl": r"y_i \leftarrow \beta_k y_i + (1 - \beta_k) \nabla \log \ell_i, \qquad "
     r"u = \max_j \lVert y_j\rVert \sum_i \frac{y_i}{\lVert y_i\rVert}",
+    "dcgd": r"u = s \text{ where } \langle s, g_i\rangle \ge 0 \text{ for all } i, \text{ else } \frac1m \sum_i "
+    r"\Big(s - \frac{\langle s, g_i\rangle}{\lVert g_i\rVert^2}\, g_i\Big), \qquad s = \sum_i g_i",
     "dibs_mtl": r"\delta \leftarrow \delta - \eta \sum_i \lVert \delta + \rho\, \hat g_i\rVert\, \hat g_i, "
     r"\qquad \hat g_i = \frac{g_i}{\lVert g_i\rVert}",
     "dual_proj": r"u = \sum_i w_i g_i, \quad w = \arg\min_{v \ge p} v^\top G v",

@@ -38,6 +38,7 @@ MODULES = (
     ("jaxmtl.metrics", "Metrics"),
     ("jaxmtl.solvers", "Solvers"),
     ("jaxmtl.fronts", "Pareto fronts"),
+    ("jaxmtl.rewards", "Rewards"),
     ("jaxmtl.flax", "Flax"),
 )
 
@@ -104,7 +105,7 @@ def draw(name: str) -> str:
     # Lengths differ by what papers define (a sum, a mean): the arrow shows at most the longest.
     shown = update * min(1.0, longest / max(length, 1e-12))
     arrows = [Arrow(-g, f"task{i + 1}", f"−g{'₁₂₃'[i]}") for i, g in enumerate(GRADIENTS)]
-    svg = picture([([*arrows, Arrow(-shown, "update", "update")], "")], GRADIENTS)
+    svg = picture([([*arrows, Arrow(-shown, "update", "")], "")], GRADIENTS)
     falls = [
         f"loss {i + 1} {'falls' if c > 1e-6 else 'rises' if c < -1e-6 else 'stays'}"
         for i, c in enumerate(changes)
@@ -112,7 +113,7 @@ def draw(name: str) -> str:
     method = jaxmtl.methods()[name]
     note = " One draw of many." if "random" in method.properties else ""
     return (
-        f"{svg}\n*Its step on three conflicting gradients, of length {length:.2f}: "
+        f"{svg}\n*Black: its step on three conflicting gradients, of length {length:.2f}: "
         f"{', '.join(falls)}, to first order. Grey: the steps that make no loss worse.{note}*"
     )
 
@@ -242,7 +243,17 @@ def make_pages(app) -> None:
     write_pages(source / "generated", (source / "guide" / "bibliography.md").read_text())
 
 
+def escape_stars(app, what, name, obj, options, lines) -> None:
+    """Keeps the star of a shape, (m, *leaf.shape), from opening an emphasis."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = line.split("``")  # literals are the odd ones
+            parts[::2] = [re.sub(r"(?<=, )\*(?=\w)", r"\\*", part) for part in parts[::2]]
+            lines[i] = "``".join(parts)
+
+
 def setup(app) -> dict[str, bool]:
     """Registers the extension."""
     app.connect("builder-inited", make_pages)
+    app.connect("autodoc-process-docstring", escape_stars, priority=900)  # after napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -4,12 +4,14 @@ A new family is a module here with a ``RULES``, and its name in the tuple below.
 rule is differentiated as JAX does it, one row per example.
 """
 
-from jaxmtl.engine.primitives import conv, lookup, matmul, moves
+from jaxmtl.engine.primitives import conv, custom, experts, lookup, matmul, moves
 from jaxmtl.engine.primitives.primitive import Primitive
 from jaxmtl.engine.program import Use
 
 _RULES = {
-    name: rule for family in (matmul, lookup, conv, moves) for name, rule in family.RULES.items()
+    name: rule
+    for family in (matmul, lookup, experts, conv, custom, moves)
+    for name, rule in family.RULES.items()
 }
 _UNKNOWN = Primitive()
 

@@ -1,4 +1,4 @@
-"""Convolutions: the gradient of each example as products of shifted inputs.
+"""Convolutions: products of patches, or the gradient of each example by shifted inputs.
 
 The gradient with respect to the kernel at one offset is a matrix product of the inputs shifted by
 this offset and the output's cotangents. Written so, it takes the operations of an ordinary weight
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl.engine.factors import Factors
 from jaxmtl.engine.primitives.primitive import Primitive
 from jaxmtl.engine.program import PARAM, Use
 
@@ -42,33 +43,17 @@ def _gradients(use: Use, x: jax.Array, y: jax.Array, summed: bool = False) -> ja
     Returns:
       ``(examples, *kernel shape)``, or ``kernel shape``.
     """
-    params = use.eqn.params
-    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    out_spec = use.eqn.params["dimension_numbers"].out_spec
     kernel = use.ins[1].aval
-    groups = params["feature_group_count"]
+    groups = use.eqn.params["feature_group_count"]
     dtype = jnp.result_type(x, y)
-
-    # (examples, batch, *space, channels): channels last for the products.
-    x = lax.transpose(x, [0, lhs_spec[0] + 1, *(a + 1 for a in lhs_spec[2:]), lhs_spec[1] + 1])
+    rhs_spec = use.eqn.params["dimension_numbers"].rhs_spec
     y = lax.transpose(y, [0, out_spec[0] + 1, *(a + 1 for a in out_spec[2:]), out_spec[1] + 1])
-    padding = [(0, 0, 0), (0, 0, 0)]
-    padding += [
-        (low, high, dilation - 1)
-        for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True)
-    ]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [*padding, (0, 0, 0)])
-    space = y.shape[2:-1]
     window = [kernel.shape[a] for a in rhs_spec[2:]]
     per_group = kernel.shape[rhs_spec[1]], kernel.shape[rhs_spec[0]] // groups
-    products = []
-    for offset in itertools.product(*map(range, window)):
-        starts = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
-        strides = params["window_strides"]
-        limits = [s + (n - 1) * w + 1 for s, n, w in zip(starts, space, strides, strict=True)]
-        shifted = lax.slice(
-            x, [0, 0, *starts, 0], [*x.shape[:2], *limits, x.shape[-1]], [1, 1, *strides, 1]
-        )
-        products.append(_one_offset(shifted, y, groups, per_group, summed, dtype))
+    products = [
+        _one_offset(shifted, y, groups, per_group, summed, dtype) for shifted in _shifted(use, x)
+    ]
     lead = 0 if summed else 1
     stacked = jnp.stack(products, axis=lead)
     stacked = stacked.reshape(*stacked.shape[:lead], *window, *stacked.shape[lead + 1 :])
@@ -78,6 +63,50 @@ def _gradients(use: Use, x: jax.Array, y: jax.Array, summed: bool = False) -> ja
     for axis, source in zip(rhs_spec, order, strict=True):
         inverse[axis] = source
     return lax.transpose(stacked, [*range(lead), *inverse]).astype(kernel.dtype)
+
+
+def _shifted(use: Use, x: jax.Array) -> list[jax.Array]:
+    """Returns what each offset of the kernel meets, ``(examples, batch, *space, channels)``."""
+    params = use.eqn.params
+    lhs_spec, rhs_spec, out_spec = params["dimension_numbers"]
+    x = lax.transpose(x, [0, lhs_spec[0] + 1, *(a + 1 for a in lhs_spec[2:]), lhs_spec[1] + 1])
+    padding = [(0, 0, 0), (0, 0, 0)]
+    padding += [
+        (low, high, dilation - 1)
+        for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [*padding, (0, 0, 0)])
+    space = [use.outs[0].aval.shape[a] for a in out_spec[2:]]
+    found = []
+    for offset in itertools.product(*(range(use.ins[1].aval.shape[a]) for a in rhs_spec[2:])):
+        starts = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
+        strides = params["window_strides"]
+        limits = [s + (n - 1) * w + 1 for s, n, w in zip(starts, space, strides, strict=True)]
+        ends = [*x.shape[:2], *limits, x.shape[-1]]
+        found.append(lax.slice(x, [0, 0, *starts, 0], ends, [1, 1, *strides, 1]))
+    return found
+
+
+def _factors(use: Use) -> Factors | None:
+    """Returns the factors of a convolution without groups; X are the patches that it meets."""
+    if not _has_gradients(use) or use.eqn.params["feature_group_count"] != 1:
+        return None
+    _, rhs_spec, out_spec = use.eqn.params["dimension_numbers"]
+    positions = 1 + len(rhs_spec) - 2  # of X: batch and space, then the window and the channels
+    own = [*rhs_spec[2:], rhs_spec[1]]
+    left = tuple((axis, positions + i) for i, axis in enumerate(own))
+    return Factors((), left, ((rhs_spec[0], out_spec[1]),))
+
+
+def _patches(use: Use, x: jax.Array, factors: Factors) -> jax.Array:
+    """Returns ``(examples, *positions, *window, channels)``, positions as in the cotangent."""
+    _, rhs_spec, out_spec = use.eqn.params["dimension_numbers"]
+    window = [use.ins[1].aval.shape[a] for a in rhs_spec[2:]]
+    patches = jnp.stack(_shifted(use, x), axis=-2)
+    places = dict(zip((out_spec[0], *out_spec[2:]), range(1, patches.ndim), strict=False))
+    order = [places[axis] for axis in sorted(places)]
+    patches = lax.transpose(patches, [0, *order, patches.ndim - 2, patches.ndim - 1])
+    return patches.reshape(*patches.shape[:-2], *window, patches.shape[-1])
 
 
 def _one_offset(
@@ -113,6 +142,8 @@ def _one_offset(
 
 RULES = {
     "conv_general_dilated": Primitive(
+        factors=_factors,
+        left=_patches,
         has_gradients=_has_gradients,
         gradients=_gradients,
         reason="convolution: the gradients of examples are products of shifted inputs",

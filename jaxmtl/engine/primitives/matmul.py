@@ -1,5 +1,7 @@
 """``dot_general`` with one PARAM operand: dense layers, attention projections, einsum."""
 
+from typing import Any
+
 from jaxmtl.engine.factors import Factors
 from jaxmtl.engine.primitives.primitive import Primitive
 from jaxmtl.engine.program import PARAM, Use
@@ -10,20 +12,32 @@ def _factors(use: Use) -> Factors | None:
     if use.name != "dot_general" or len(use.ins) != 2 or len(use.data) != 1:
         return None
     side = 0 if use.ins[0].kind == PARAM else 1
-    contract, batch = use.eqn.params["dimension_numbers"]
     param, data = use.ins[side], use.ins[1 - side]
-    param_free = _free(len(param.aval.shape), contract[side], batch[side])
-    data_free = _free(len(data.aval.shape), contract[1 - side], batch[1 - side])
-
-    # Output axes: batch, free axes of the first operand, free axes of the second.
+    dims = use.eqn.params["dimension_numbers"]
+    shared, left, right = axes(dims, side, len(param.aval.shape), len(data.aval.shape))
     depth, prefix = len(use.loops), len(param.loops)
-    right_start = depth + len(batch[0]) + (0 if side == 0 else len(data_free))
-    shared = [(prefix + b, depth + c, depth + i) for i, (b, c) in enumerate(_pairs(batch, side))]
-    for axis, loop in enumerate(param.loops):
-        shared.append((axis, use.loops.index(loop), use.loops.index(loop)))
-    left = [(prefix + p, depth + d) for p, d in _pairs(contract, side)]
-    right = [(prefix + axis, right_start + i) for i, axis in enumerate(param_free)]
-    return Factors(tuple(shared), tuple(left), tuple(right))
+    loops = [(axis, use.loops.index(loop)) for axis, loop in enumerate(param.loops)]
+    return Factors(
+        (
+            *((prefix + a, depth + i, depth + j) for a, i, j in shared),
+            *((axis, place, place) for axis, place in loops),
+        ),
+        tuple((prefix + a, depth + i) for a, i in left),
+        tuple((prefix + a, depth + j) for a, j in right),
+    )
+
+
+def axes(
+    dims: Any, side: int, param_ndim: int, data_ndim: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+    """Returns where the axes of one operand are in the other, X, and in the output, Y."""
+    contract, batch = dims
+    param_free = _free(param_ndim, contract[side], batch[side])
+    data_free = _free(data_ndim, contract[1 - side], batch[1 - side])
+    # Output axes: batch, free axes of the first operand, free axes of the second.
+    start = len(batch[0]) + (0 if side == 0 else len(data_free))
+    shared = [(a, i, j) for j, (a, i) in enumerate(_pairs(batch, side))]
+    return shared, _pairs(contract, side), [(a, start + j) for j, a in enumerate(param_free)]
 
 
 def _free(ndim: int, *taken: tuple[int, ...]) -> list[int]:
