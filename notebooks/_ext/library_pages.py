@@ -113,7 +113,7 @@ def draw(name: str) -> str:
     method = jaxmtl.methods()[name]
     note = " One draw of many." if "random" in method.properties else ""
     return (
-        f"{svg}\n*Black: its step on three conflicting gradients, of length {length:.2f}: "
+        f"{svg}\n*Thick: its step on three conflicting gradients, of length {length:.2f}: "
         f"{', '.join(falls)}, to first order. Grey: the steps that make no loss worse.{note}*"
     )
 
