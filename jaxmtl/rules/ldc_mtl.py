@@ -189,7 +189,8 @@ def ldc_mtl(
         ``features`` or ``lower_losses`` are missing or of a wrong shape.
 
     **Properties**: weighted, linear under scaling of the gradients, conflicting. Not
-    permutation-equivariant: f compares neighbors; reversing the order changes nothing. The slope
+    permutation-equivariant: f compares neighbors; reversing the order changes nothing. Named tasks
+    stand in the sorted order of their names, so that "task10" comes before "task2". The slope
     of f between equal neighbors is 0. Absent tasks are removed, with their neighbors made
     neighbors, and keep their part of W. Without normalization losses of any sign will do. Under
     ``"log"`` a loss at or below the least normal number has weight 0; under the ratios an l_0 at
