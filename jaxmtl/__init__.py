@@ -52,6 +52,7 @@ from jaxmtl.rules.modo import modo
 from jaxmtl.rules.pbi import pbi
 from jaxmtl.rules.pcd import pcd
 from jaxmtl.rules.pcgrad import pcgrad
+from jaxmtl.rules.pmgda import pmgda
 from jaxmtl.rules.rlw import rlw
 from jaxmtl.rules.scale_invariant import gls, scale_invariant
 from jaxmtl.rules.sdmgrad import sdmgrad
@@ -128,6 +129,7 @@ __all__ = [
     "pcd",
     "pcgrad",
     "per_example_norms",
+    "pmgda",
     "rewards",
     "rgw",
     "rlw",

@@ -208,7 +208,8 @@ def from_weighting(
 
     rule = Rule(init or tuple, apply, needs, accepts, num_tasks, residual=residual, name=name)
     vector = checks.check_vector("preference", preference, num_tasks)
-    rule = rule._replace(preference=vector, open_ended=open_ended)
+    names = checks.names_of("preference", preference)
+    rule = rule._replace(preference=vector, open_ended=open_ended, names=names)
     return from_rule(rule._replace(head_weights=head_weights))
 
 
@@ -232,7 +233,7 @@ def _collect(rule: Rule, given: dict[str, Any]) -> dict[str, Any]:
     for name in sorted(rule.needs):
         if name not in given:
             raise checks.missing_input(name, rule.name)
-    return checks.stack_named(given)
+    return checks.stack_named(given, rule.names, "the preference at construction")
 
 
 def _count_tasks(rule: Rule, given: dict[str, Any], m: int | None) -> int:
@@ -456,7 +457,8 @@ def from_rows(
         return update, state, None
 
     rule = Rule(init or (lambda params: ()), apply, needs, accepts, num_tasks, vector)
-    rule = rule._replace(name=_name_of(aggregate))
+    names = checks.names_of("preference", preference)
+    rule = rule._replace(name=_name_of(aggregate), names=names)
 
     def init_fn(params: PyTree) -> AggregatorState:
         return AggregatorState(jnp.zeros((), jnp.int32), tasks.own_buffers(rule.init(params)))

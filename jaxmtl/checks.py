@@ -319,12 +319,15 @@ def check_updates(params: PyTree, updates: PyTree) -> None:
             )
 
 
-def stack_named(given: dict[str, Any], names: tuple[str, ...] | None = None) -> dict[str, Any]:
+def stack_named(
+    given: dict[str, Any], names: tuple[str, ...] | None = None, of: str = "the losses"
+) -> dict[str, Any]:
     """Returns the inputs with dicts over task names as vectors, in the sorted order of the names.
 
     Args:
       given: Inputs by name.
-      names: Those of the losses, or None.
+      names: Those of the tasks, where they are known.
+      of: Whose these names are.
 
     Raises:
       ValueError: A name is not a string, two dicts do not have the same names, or an entry is not
@@ -333,7 +336,7 @@ def stack_named(given: dict[str, Any], names: tuple[str, ...] | None = None) -> 
     of_tasks = ("task_mask", *(name for name, known in INPUTS.items() if known.task_axes == 1))
     named = {n: v for n, v in given.items() if n in of_tasks and isinstance(v, Mapping)}
     found = {name: task_names(name, value) for name, value in named.items()}
-    reference = "the losses" if names is not None else next(iter(found), "")
+    reference = of if names is not None else next(iter(found), "")
     stacked = {}
     for name, of_name in found.items():
         expected = found[reference] if names is None else names
@@ -360,6 +363,21 @@ def _stack(name: str, named: Mapping[str, Any], names: tuple[str, ...]) -> jax.A
             "; average over the batch"
         )
     return jnp.stack(values, axis=-1).reshape(-1)
+
+
+def names_of(what: str, value: Any) -> tuple[str, ...] | None:
+    """Returns the names of the tasks in their order, None of a vector without names."""
+    return task_names(what, value) if isinstance(value, Mapping) else None
+
+
+def check_names(rule: Rule | None, names: tuple[str, ...] | None) -> None:
+    """Raises a ValueError if the losses have other names than the preference of the rule."""
+    expected = getattr(rule, "names", None)
+    if expected is not None and names is not None and names != expected:
+        raise ValueError(
+            f"expected losses with the task names of the preference of {rule and rule.name}, "
+            f"{list(expected)}, got {list(names)}; give both the same names"
+        )
 
 
 def task_names(what: str, named: Mapping[Any, Any]) -> tuple[str, ...]:

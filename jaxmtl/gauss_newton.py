@@ -89,8 +89,7 @@ def gauss_newton(
 
     Args:
       residual_fn: ``residual_fn(params, *args) -> (B,)``; with ``in_axes``, the residuals of one
-        example, ``residual_fn(params, *example)``, a scalar or (q,), which count as q of the
-        B = q batch size.
+        example, ``residual_fn(params, *example)``, of any shape: q numbers count as q of the B.
       in_axes: Which axes of ``(params, *args)`` run over examples, as in `jax.vmap`; None for
         params.
       damping: lambda, at least 0; at the start if adaptive. It is in units of the squared row norms
@@ -156,14 +155,14 @@ def gauss_newton(
     def value_and_grad(
         params: PyTree, state: GaussNewtonState, *args: Any
     ) -> tuple[tuple[jax.Array, GaussNewtonState], PyTree]:
-        one, axes, args = _scalar_residuals(residual_fn, in_axes, params, args)
-
         def residuals_at(p: PyTree) -> jax.Array:
-            return one(p, *args) if axes is None else jax.vmap(one, axes)(p, *args)
+            if in_axes is None:
+                return residual_fn(p, *args)
+            return jax.vmap(residual_fn, in_axes)(p, *args).reshape(-1)
 
         count = jax.eval_shape(residuals_at, params).size
         system = _by_rows if count >= _size(params) else _by_samples
-        solve, residuals = system(one, axes, chunk_size, params, args)
+        solve, residuals = system(residual_fn, in_axes, chunk_size, params, args)
         residuals = residuals.astype(linalg.accumulation_dtype(residuals))
         carried = jnp.zeros_like(residuals)  # mu J phi_prev
         if momentum:
@@ -258,33 +257,6 @@ def _by_rows(
             return unravel(flat), rows @ flat
 
     return solve, residuals
-
-
-def _scalar_residuals(
-    residual_fn: Callable[..., jax.Array], in_axes: Any, params: PyTree, args: tuple[Any, ...]
-) -> tuple[Callable[..., jax.Array], Any, tuple[Any, ...]]:
-    """Returns a function of one scalar residual; an example with several is repeated."""
-    if in_axes is None or not isinstance(in_axes, tuple | list):
-        return residual_fn, in_axes, args
-    shape = jax.eval_shape(jax.vmap(residual_fn, tuple(in_axes)), params, *args).shape
-    if len(shape) != 2:
-        return residual_fn, in_axes, args
-    batch, q = shape
-
-    def one(params: PyTree, index: jax.Array, *example: Any) -> jax.Array:
-        return residual_fn(params, *example)[index]
-
-    def repeated(axis: Any, arg: Any) -> Any:
-        if axis is None:
-            return arg
-        return jax.tree.map(lambda x: jnp.repeat(x, q, axis=axis), arg)
-
-    indices = jnp.tile(jnp.arange(q), batch)
-    args = tuple(
-        jax.tree.map(repeated, axis, arg, is_leaf=lambda x: x is None)
-        for axis, arg in zip(in_axes[1:], args, strict=True)
-    )
-    return one, (None, 0, *in_axes[1:]), (indices, *args)
 
 
 def _size(params: PyTree) -> int:

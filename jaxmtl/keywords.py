@@ -94,8 +94,6 @@ def split(
     of_losses: dict[str, Any] = {}
     for name, value in given.items():
         names_it = name in taken.named
-        if name in reads.named and names_it and name not in taken.bound:
-            raise _both(name, name_of_rule)
         if name in _OWN:
             if not names_it:
                 raise ValueError(
@@ -104,6 +102,8 @@ def split(
                 )
             of_losses[name] = value
         elif name in reads.named:
+            if names_it and name not in taken.bound:
+                raise _both(name, name_of_rule)
             of_rule[name] = value
         elif names_it:
             of_losses[name] = value

@@ -64,6 +64,7 @@ class Rule(NamedTuple):
       open_ended: Whether it takes any other name too, by ``**inputs``.
       num_tasks: m if it was given at construction.
       preference: (m,) the preference given at construction, or None.
+      names: Those of the tasks, where the preference was given by name.
       residual: Whether a solver ran, so that there is a residual to log.
       keeps_state: False for fixed weights, whose state is the empty state of optax.
       finish: ``finish(weights, inputs) -> weights``: what is done with the weights at every step,
@@ -89,6 +90,7 @@ class Rule(NamedTuple):
     lower_objective: Ask | None = None
     feature_gradient: Ask | None = None
     open_ended: bool = False
+    names: tuple[str, ...] | None = None
 
 
 # The fields of a rule that are functions of its own state.

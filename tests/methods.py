@@ -104,6 +104,7 @@ METHODS = (
     Method("famo", stateful=True),
     Method("go4align", stateful=True),
     Method("epo", solver=True),
+    Method("pmgda", degree=None, solver=True),
     Method("ldc_mtl", stateful=True, equivariant=False),
     Method("cr_mogm", {"aggregator": jaxmtl.mgda()}, stateful=True, solver=True),
     Method("every_k", {"aggregator": jaxmtl.mgda(), "k": 2}, stateful=True),

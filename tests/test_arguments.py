@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmtl.engine import cross_gramian, explain, value_and_gramian
+from jaxmtl import linear_scalarization
+from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 from jaxmtl.jacobian import value_and_jacobian
 
 Pair = collections.namedtuple("Pair", "x y")
@@ -176,6 +177,24 @@ def test_losses_of_any_shape_per_example(shape, x64):
     )(params, *args)
     assert losses.shape == again.shape == (N * np.prod(shape),)
     assert aux.shape == same.shape == (N, 3)
+
+
+def test_rules_without_a_gramian_take_the_same_arguments(x64):
+    params = {"w": normal(1, 3, 5), "b": normal(2, 5), "v": normal(3, 5, 2), "own": normal(6, N, 2)}
+
+    def fun(p, x, nothing, flag, scale):
+        return scale * several(p, x) * jnp.sum(p["own"] ** 2) if flag else nothing
+
+    in_axes = ({"w": None, "b": None, "v": None, "own": 0}, 0, None, None, None)
+    weights = normal(4, 4 * N)
+    rule = linear_scalarization(weights)
+    args = (normal(4, N, 3), None, True, 2.0)
+    _, _, pullback = value_and_gramian(fun, in_axes=in_axes)(params, *args)
+    step = value_and_grad(fun, rule, in_axes=in_axes)
+    (losses, _), grads = step(params, rule.init(params), *args)
+    assert losses.shape == (4 * N,)
+    expected = pullback(weights)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), grads, expected)
 
 
 def test_random_keys_on_any_axis():

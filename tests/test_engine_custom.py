@@ -425,7 +425,8 @@ def test_under_the_flags_of_the_careful(flag):
             h[None, :, None], p["k"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
         )
         h, _ = lax.scan(lambda h, _: (jnp.tanh(h * p["b"]), None), h, None, length=2)
-        return jnp.sum(c**2) + jnp.sum(h)
+        scores = jax.nn.log_softmax(h @ (2 * p["e"]).T)  # a matrix that is a table too
+        return jnp.sum(c**2) + jnp.sum(h) + scores[i]
 
     def tasks(p, x, i):
         return jax.vmap(loss, (None, 0, 0))(p, x, i)

@@ -312,17 +312,8 @@ def test_costs_little_more_than_a_gradient(name):
     loss, params, args = STRUCTURED[name](512)
     sgd, step, by_rows = operations(loss, params, args)
     # Products of inputs and cotangents of 32 examples with those of all: 32 / 512 of a product.
-    assert (
-        step
-        <= {
-            "tables": 1.35,
-            "tied": 1.2,
-            "symmetric": 1.2,
-            "experts": 1.3,
-            "custom_layers": 1.3,
-        }.get(name, 1.15)
-        * sgd
-    )
+    most = {"tables": 1.35, "tied": 1.2, "symmetric": 1.2, "custom_layers": 1.3}
+    assert step <= most.get(name, 1.15) * sgd
     assert by_rows > 5 * sgd or name == "adapter"
 
 

@@ -115,14 +115,14 @@ def test_reaches_the_ray_of_three_tasks(x64):
 def test_zero_losses_and_preferences_are_finite(precision):
     aggregator = jaxmtl.epo()
     jacobian, params = jnp.asarray(np.eye(3) - 0.5), jnp.zeros(3)
+
+    @jax.jit
+    def step(losses, r):
+        state = aggregator.init(params)
+        return aggregator.update(jacobian, state, params, losses=losses, preference=r)
+
     for losses, r in (([0.0, 1.0, 2.0], [1.0, 1.0, 1.0]), ([1.0, 1.0, 2.0], [0.0, 0.5, 0.5])):
-        update, state = aggregator.update(
-            jacobian,
-            aggregator.init(params),
-            params,
-            losses=jnp.array(losses),
-            preference=jnp.array(r),
-        )
+        update, state = step(jnp.array(losses), jnp.array(r))
         assert np.all(np.isfinite(update))
         assert np.any(update != 0)
         assert int(state.mtl_skipped) == 0

@@ -46,7 +46,7 @@ def call(route, rule=None, losses_fn=None, **extra):
     """Returns the losses of one step as a vector; all functions of a route are called."""
     own, options, x = ROUTES[route]
     losses_fn = losses_fn or own
-    rule = rule or jaxmtl.mgda()
+    rule = rule or jaxmtl.linear_scalarization()
     jaxmtl.explain(losses_fn, PARAMS, x, **options, **extra)
     step = jaxmtl.value_and_grad(losses_fn, rule, **options)
     (losses, _), _ = step(PARAMS, rule.init(PARAMS), x, **extra)
@@ -90,9 +90,11 @@ def test_a_keyword_that_neither_takes_is_refused(route):
     with pytest.raises(ValueError, match=r"got scall=.*is scale meant"):
         call(route, scall=2.0)
     own, options, x = ROUTES[route]
-    rule = jaxmtl.mgda()
+    rule = jaxmtl.linear_scalarization()
     step = jaxmtl.value_and_grad(own, rule, **options)
-    with pytest.raises(ValueError, match=r"that mgda or the losses function takes, got other=;"):
+    with pytest.raises(
+        ValueError, match=r"that linear_scalarization or the losses function takes, got other=;"
+    ):
         step(PARAMS, rule.init(PARAMS), x, other=2.0)
 
 
@@ -150,8 +152,8 @@ def test_losses_with_any_keywords_take_what_the_rule_does_not_read():
     mask = jnp.ones(2, bool)
     step(PARAMS, rule.init(PARAMS), X, scale=2.0, rate=3.0, key=jax.random.key(0))
     assert seen == [["key", "rate"]]
-    mgda = jaxmtl.mgda()
-    jaxmtl.value_and_grad(loss, mgda)(PARAMS, mgda.init(PARAMS), X, task_mask=mask, rate=1.0)
+    mean = jaxmtl.linear_scalarization()
+    jaxmtl.value_and_grad(loss, mean)(PARAMS, mean.init(PARAMS), X, task_mask=mask, rate=1.0)
     assert seen[1] == ["rate"]
 
     def weigh(losses, **others):

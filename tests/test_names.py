@@ -78,7 +78,7 @@ def test_losses_come_back_as_the_dict(route, has_aux):
         return  # tested with the others of separate data
     if has_aux:
         named, plain = with_aux(named), with_aux(plain)
-    rule = jaxmtl.mgda()
+    rule = jaxmtl.from_weighting(lambda gramian: jnp.diagonal(gramian))
 
     def run(losses_fn, x):
         found, gramian, pullback = jaxmtl.value_and_gramian(losses_fn, has_aux=has_aux, **options)(
@@ -160,6 +160,20 @@ def test_vectors_at_construction_by_name():
     plain = jaxmtl.upgrad(preference=jnp.array([1.0, 3.0])).weighting
     found, expected = (jax.jit(w.update)(gramian, w.init())[0] for w in (named, plain))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_the_names_at_construction_are_those_of_the_losses():
+    rule = jaxmtl.cagrad(preference={"task2": 1.0, "task10": 3.0, "y": 2.0})
+    for route in ("tasks", "separate"):
+        step = jaxmtl.value_and_grad(ROUTES[route][0], rule)
+        with pytest.raises(
+            ValueError, match=r"the preference of cagrad, \['task10', 'task2', 'y'\]"
+        ):
+            step(PARAMS, rule.init(PARAMS), batches(route, True))
+    with pytest.raises(ValueError, match="task_mask to have the task names of the preference at c"):
+        rule.update(
+            jnp.ones((3, 2)), rule.init(PARAMS), PARAMS, task_mask=dict.fromkeys(NAMES, True)
+        )
 
 
 @pytest.mark.parametrize("route", ["tasks", "separate"])

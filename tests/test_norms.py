@@ -149,6 +149,7 @@ def test_norms_cost_about_as_much_as_a_gradient():
     assert memory["norms"] < memory["rows"] / 50
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax_privacy's own imports
 def test_the_clipped_sum_is_that_of_jax_privacy(x64):
     clipping = pytest.importorskip("jax_privacy.clipping", reason="compared where it is installed")
     loss, params, (x,) = test_engine.mlp()

@@ -88,7 +88,8 @@ def test_the_bandit_s_losses_follow_the_policy_gradient(x64):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-12)
 
 
-def test_the_bandit_s_conclusion(capsys):
+@pytest.mark.slow
+def test_the_bandit_s_conclusion():
     """What the example's docstring and table say of rewards that pay for others."""
     gains = multi_reward_bandit.run(150, 4)
     smallest = {name: float(each.min(1).mean()) for name, each in gains.items()}

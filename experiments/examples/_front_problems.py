@@ -62,7 +62,8 @@ def load_front(problem: Problem, data_dir: Path | None, num_points: int = 1000) 
         front = problem.front(num_points)
     else:
         front = read_suite(data_dir, f"reference_points_{problem.name}.dat")
-    return (front - problem.ideal) / (problem.nadir - problem.ideal)
+    scaled: np.ndarray = (front - problem.ideal) / (problem.nadir - problem.ideal)
+    return scaled
 
 
 def read_suite(data_dir: Path | None, name: str) -> np.ndarray:

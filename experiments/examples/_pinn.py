@@ -34,7 +34,8 @@ def network(params: Params, z: jax.Array) -> jax.Array:
     """Returns the outputs (q,) at one point (2,)."""
     for layer in params[:-1]:
         z = jnp.tanh(z @ layer["w"] + layer["b"])
-    return z @ params[-1]["w"] + params[-1]["b"]
+    out: jax.Array = z @ params[-1]["w"] + params[-1]["b"]
+    return out
 
 
 def derivatives(f: Callable[[jax.Array], jax.Array], z: jax.Array, axis: int) -> jax.Array:
@@ -129,7 +130,8 @@ class Reference(NamedTuple):
 
     def error(self, found: jax.Array) -> jax.Array:
         """Returns the relative L2 error of values (k, p)."""
-        return jnp.linalg.norm(found - self.values) / jnp.linalg.norm(self.values)
+        error: jax.Array = jnp.linalg.norm(found - self.values) / jnp.linalg.norm(self.values)
+        return error
 
 
 def load_reference(equation: Equation, data_dir: Path) -> Reference:
@@ -160,7 +162,8 @@ def burgers() -> Equation:
             return u(z) - target
         value, u_x, u_xx = derivatives(u, z, 0)
         u_t: jax.Array = jax.jvp(u, (z,), (jnp.array([0.0, 1.0], z.dtype),))[1]
-        return u_t + value * u_x - viscosity * u_xx
+        residual: jax.Array = u_t + value * u_x - viscosity * u_xx
+        return residual
 
     def draw(key: jax.Array, counts: dict[str, int]) -> Batch:
         inside, x, t, side, near = jax.random.split(key, 5)

@@ -12,6 +12,16 @@ damping 1e-2, steps of norm 1 at most times a rate that falls from 0.5 along a c
 points drawn anew as well, and the cosine from 5e-3 over as many steps as fit in the same time.
 L-BFGS needs a fixed objective: 2,000 points. The error is that of the solution, against the
 reference; time is processor time of the process, which other work on the machine does not enter.
+
+Recorded in ``experiments/results`` (``gauss_newton.jsonl`` and two figures), three seeds:
+
+               time    Gauss-Newton              Adam                      L-BFGS
+    Curve      0.1 s   2e-8, 4e-10, 5e-8         1e-4, 4e-6, 1e-5          4e-5, 3e-4, 4e-4
+    Burgers    8.9 s   0.010, 0.012, 0.016       0.121, 0.052, 0.084       0.55, 0.38, 0.21
+
+Losses of the curve, errors of Burgers' solution. At equal time Gauss-Newton is better by two to six
+digits on the curve; on the equation its error is 4 to 13 times smaller than Adam's. Between the
+points that stay in place for L-BFGS its network hides shocks.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Whole Pareto fronts in one compiled run: which methods reach which part of them.
 
     python -m experiments.examples.pareto_fronts                       # six problems by formula
-    python -m experiments.examples.pareto_fronts --data-dir DIR        # and nine of the RE suite
+    python -m experiments.examples.pareto_fronts --data-dir DIR        # and nine of RE
     python -m experiments.examples.pareto_fronts --out DIR --seeds 5   # the recorded study
 
 Each method trains a set of points (20 for two objectives, 45 for three, 56 for four or six) from
@@ -14,6 +14,38 @@ Objectives are scaled so that the front fills [0, 1]. Of the non-dominated point
 hypervolume up to (1.1, ...), as a share of the front's; and the share of the front that is
 reached: of its points, those with one of the set closer than 0.1 (0.15 for three objectives and
 more). Means over seeds; the table is printed, and a figure per problem is drawn with ``--out``.
+
+Recorded in ``experiments/results`` (``pareto_fronts.jsonl``, ``fronts_*.png``), 5 seeds; share of
+the front that is reached:
+
+              linear   stch   upgrad  cagrad  aligned   mgda   nash  hypervolume
+    VLMOP1     1.00    0.90    0.65    1.00    1.00     0.76   0.30     1.00
+    VLMOP2     0.15    1.00    0.93    0.14    0.14     0.39   0.42     1.00
+    ZDT1       0.85    0.98    0.06    0.79    0.66     0.06   0.06     1.00
+    ZDT2       0.14    1.00    0.07    0.07    0.14     0.07   0.07     1.00
+    ZDT3       0.67    0.75    0.09    0.70    0.70     0.09   0.09     0.93
+    DTLZ2      0.06    0.76    0.21    0.09    0.07     0.07   0.06     0.39
+    RE21       1.00    1.00    0.86    0.85    0.99     0.13   0.13     1.00
+    RE24       0.58    0.56    0.43    0.48    0.62     0.09   0.11     0.66
+    RE31       0.16    0.17    0.30    0.26    0.28     0.34   0.27     0.28
+    RE32       0.31    0.32    0.27    0.28    0.40     0.43   0.27     0.82
+    RE33       0.45    0.52    0.30    0.38    0.54     0.65   0.17     0.79
+    RE34       0.53    0.88    0.42    0.33    0.48     0.18   0.16     0.78
+    RE37       0.45    0.92    0.23    0.30    0.37     0.05   0.05     0.87
+    RE41       0.24    0.49    0.05    0.19    0.20     0.11   0.03      -
+
+To cover a front take `stch` with spread preferences, or the hypervolume of the whole set. Sums with
+fixed weights end at the ends of a concave front (VLMOP2, ZDT2, DTLZ2), whatever the weights, and
+`cagrad` and `aligned_mtl` with preferences behave like them. `upgrad` stops at the first point
+where no objective can fall: its preference does not say where. `mgda` and `nash_mtl` from many
+starts gather in one place or, with Adam on ZDT, at an end. On RE24 and RE31 to RE33 an objective of
+violated constraints spans up to ten orders of magnitude: there no method reaches more than 0.82,
+and there alone, and on the convex VLMOP1, rules of gradients reach more than `stch`.
+RE61, six objectives, is a problem of the module and was not run.
+
+Beside LibMOON's table 1 (``--libmoon``; VLMOP2, which that table calls VLMOP1; ten points, its
+script's default, as it does not state a number; hypervolume up to (1, 1)): linear 0.042 (theirs
+0.043), stch 0.263 (0.244), mgda 0.189 (0.228, from other starts), hypervolume 0.297 (0.286).
 """
 
 import argparse

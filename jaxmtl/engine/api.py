@@ -166,6 +166,7 @@ def value_and_grad(
         found = routes.evaluate(options, params, args, reads_gramian, kwargs)
         if encoder is not None:
             extra.setdefault("features", found.features)
+        checks.check_names(rule, found.aux.names)
         extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
         gramian = None
@@ -205,6 +206,7 @@ def _value_and_grad_of_features(options: Options, aggregator: Aggregator) -> Cal
         extra, kwargs = keywords.split(aggregator, options.takes(len(args)), extra)
         found: Any = routes.evaluate(options, params, args, True, kwargs)
         extra.setdefault("features", found.features)
+        checks.check_names(rule, found.aux.names)
         extra = checks.stack_named(extra, found.aux.names)
         losses = linalg.whole(lax.stop_gradient(found.losses))
         rows = lax.stop_gradient(found.feature_rows())
@@ -321,7 +323,8 @@ def explain(
       **kwargs: Keywords of ``losses_fn``; inputs of rules that it does not take are ignored.
 
     Returns:
-      Text that names, with ``in_axes``, for every parameter the path it takes and why; else, how
+      Text that names, with ``in_axes``, for every parameter the path it takes and why, with the
+      operations of its part of the Gramian and the memory of what they work on; else, how
       rows are contracted.
 
     >>> import jax.numpy as jnp
@@ -330,9 +333,9 @@ def explain(
     ...     return jnp.sum(jnp.tanh(x @ params["w"] + params["b"]))
     >>> params = {"w": jnp.ones((20, 30)), "b": jnp.ones(30)}
     >>> explain(example_loss, params, jnp.ones((8, 20)), in_axes=(None, 0))
-    ['b']  float32[30]      per-example rows: no larger than the operands and cotangents of add
-    ['w']  float32[20, 30]  structured: inner products of inputs and cotangents of dot_general
-    """
+    ['b']  float32[30]      per-example rows (3.84 kFLOP, 960 B): no larger than the operands and cotangents of add
+    ['w']  float32[20, 30]  structured (6.4 kFLOP, 512 B): inner products of inputs and cotangents of dot_general
+    """  # noqa: E501
     options = Options(losses_fn, in_axes, encoder, shared, has_aux, chunk_size)
     taken = options.takes(len(args))
     kwargs = keywords.without_inputs(taken, kwargs)

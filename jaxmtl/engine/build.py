@@ -41,6 +41,9 @@ _INLINE = {
 }
 
 
+_REMAT = ("remat2", "checkpoint", "remat")
+
+
 def _single_equation(
     eqn: Any, debug_info: Any
 ) -> tuple[Callable[..., Sequence[jax.Array]], list[Any], list[Any]]:
@@ -333,6 +336,7 @@ class _Builder:
         ]
         body: list[Any] = []
         first_use = len(self.uses)
+        names = {e.primitive.name for e in closed.jaxpr.eqns}
         body_consts = [self.constant(c) for c in closed.consts]
         found = self.inline(closed.jaxpr, [*body_consts, *consts, *carry, *slices], body, inner)
         outs = tuple(
@@ -355,6 +359,7 @@ class _Builder:
                 outs[num_carry:],
                 results,
                 tuple(self.uses[first_use:]),
+                not names.isdisjoint(_REMAT),
             )
         )
         return results

@@ -48,7 +48,7 @@ class PerFeature(per_task.Tasks):
             return options.call(jax.tree.unflatten(treedef, leaves), z, *args, **kwargs)
 
         losses, of_losses = _traced(of_features, leaves, flat)
-        linear, aux = per_task.linearise(
+        linear, aux = per_task.linearize(
             lambda flat: losses(leaves, flat), flat, options.chunk_size
         )
         super().__init__(linear, aux)

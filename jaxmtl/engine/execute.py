@@ -181,6 +181,8 @@ def _run_scan(
             [inner_residuals[use] for use in scan.uses],
         )
 
+    if scan.remat:
+        body = jax.checkpoint(body, prevent_cse=False)
     xs = (
         [_read(env, v) for v in scan.xs],
         [env[v] for v in sliced],

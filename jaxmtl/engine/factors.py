@@ -77,7 +77,7 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     """Returns inner products over own axes, ``(*shared, examples, *positions, examples', ...)``."""
     if p.is_lookup and q.is_lookup:
         a, b = whole(p.array), whole(q.array)
-        a = a.reshape(a.shape + (1,) * b.ndim)
+        a, b = a.reshape(a.shape + (1,) * b.ndim), b.reshape((1,) * a.ndim + b.shape)
         return ((a == b) & (a >= 0)).astype(dtype)
     if q.is_lookup:
         half = p.array.ndim - p.num_own
@@ -87,8 +87,8 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     if p.is_lookup:
         index, rows = whole(p.array), whole(q.array).astype(dtype)
         taken = jnp.take(rows, index, axis=-1, mode="fill", fill_value=0)
-        taken = jnp.where(index >= 0, taken, 0)
         rest = rows.ndim - 1
+        taken = jnp.where((index >= 0).reshape((1,) * rest + index.shape), taken, 0)
         return lax.transpose(taken, [*range(rest, taken.ndim), *range(rest)])
     shared = range(1, 1 + p.num_shared)
     own_p = range(p.array.ndim - p.num_own, p.array.ndim)

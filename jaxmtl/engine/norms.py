@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmtl import linalg
+from jaxmtl import keywords, linalg
 from jaxmtl.engine.per_example import PerExample
 from jaxmtl.engine.route import Options
 
@@ -45,9 +45,8 @@ def per_example_norms(
     Raises:
       ValueError: ``in_axes`` is None, or as in `value_and_gramian`.
 
-    **Properties**: the diagonal of the Gramian of `value_and_gramian`, up to rounding. Squares are
-    summed in the widest dtype of the parameters, at least float32, so that norms below the root of
-    its least number are 0.
+    **Properties**: the diagonal of the Gramian of `value_and_gramian`, up to rounding. Every
+    gradient is first scaled by a power of two, so that no square overflows or vanishes.
 
     **Reference**: Goodfellow 2015, "Efficient per-example gradient computations" (dense layers);
     Li et al. 2022, "Large language models can be strong differentially private learners", section
@@ -75,9 +74,10 @@ def per_example_norms(
     def evaluate(
         params: PyTree, *args: Any, **kwargs: Any
     ) -> tuple[Any, jax.Array, jax.tree_util.Partial]:
+        keywords.check(options.takes(len(args)), kwargs)
         found = PerExample(options, params, args, kwargs, diagonal=True)
-        losses = found.aux.returned(found.losses, has_aux, True)
-        return losses, jnp.sqrt(found.squared_norms()), found.pullback
+        value = found.aux.returned(found.losses, has_aux, True)
+        return value, found.norms(), found.pullback
 
     return evaluate
 

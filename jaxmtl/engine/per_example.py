@@ -155,10 +155,12 @@ def _structured(
     return total
 
 
-def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype) -> jax.Array:
+def _structured_squares(
+    done: Pass, group: Group, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """Returns the diagonal of what `_structured` returns, each example by itself."""
     env = done.env()
-    found = [done.factors(part, env, lambda y: y) for part in group.parts]
+    found = [done.factors(part, env, scaled) for part in group.parts]
 
     def one(arrays: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
         alone = [
@@ -294,15 +296,47 @@ class PerExample:
 
     def balanced_gramian(self) -> tuple[jax.Array, jax.Array]:
         """Returns the Gramian as `linalg.balanced_gramian` does, safe from overflow."""
-        done = self._pass
-        dtype = linalg.accumulation_dtype(done.leaves, done.own)
-        used = [done.cotangents[use.index] for group in done.plan.groups for use in group.uses]
-        m = self.losses.shape[0]
-        own = [x.reshape(m, *x.shape[2:]) for x in done.own]
-        nonzero, exponent = linalg.row_exponents([used, self._rows(), own], m, dtype)
+        nonzero, exponent = self._exponents()
         return linalg.in_one_scale(
             linalg.symmetric(self._products(self, -exponent)), nonzero, exponent
         )
+
+    def norms(self) -> jax.Array:
+        """Returns the norms (m,) of the gradients, of a pass with ``diagonal``."""
+        done, dtype = self._pass, self._dtype()
+        _, exponent = self._exponents()
+
+        def scaled(rows: jax.Array) -> jax.Array:
+            return linalg.scale_rows(rows, -exponent, dtype)
+
+        def squares(rows: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.square(scaled(rows)), axis=range(1, rows.ndim))
+
+        total = jnp.zeros(self.losses.shape, dtype)
+        for i, group in enumerate(done.plan.groups):
+            if not done.plan.counts(group):
+                continue
+            if group.method == "factors":
+                total = total + _structured_squares(done, group, dtype, scaled)
+                continue
+            for leaf, rows in self._rows()[i].items():
+                if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
+                    total = total + squares(rows)
+        for x, counts in zip(done.own, self._own_in_gramian, strict=True):
+            if counts:
+                total = total + squares(x.reshape(-1, *x.shape[2:]))
+        return linalg.ldexp(jnp.sqrt(total), exponent)
+
+    def _dtype(self) -> jnp.dtype:
+        return linalg.accumulation_dtype(self._pass.leaves, self._pass.own)
+
+    def _exponents(self) -> tuple[jax.Array, jax.Array]:
+        """Returns which rows are not zero, and a power of two of the size of each."""
+        done = self._pass
+        used = [done.cotangents[use.index] for group in done.plan.groups for use in group.uses]
+        m = self.losses.shape[0]
+        own = [x.reshape(m, *x.shape[2:]) for x in done.own]
+        return linalg.row_exponents([used, self._rows(), own], m, self._dtype())
 
     def cross(self, other: "PerExample") -> jax.Array:
         """Returns the inner products with the gradients of another batch."""
@@ -331,27 +365,6 @@ class PerExample:
             if counts:
                 x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
                 total = total + _own_products(scaled(x), scaled(y), len(a.own[0]), dtype)
-        return total
-
-    def squared_norms(self) -> jax.Array:
-        """Returns the ``(m,)`` diagonal of the Gramian; for a pass with ``diagonal``."""
-        done = self._pass
-        dtype = linalg.accumulation_dtype(done.leaves, done.own)
-        total = jnp.zeros(self.losses.shape, dtype)
-        for i, group in enumerate(done.plan.groups):
-            if not done.plan.counts(group):
-                continue
-            if group.method == "factors":
-                total = total + _structured_squares(done, group, dtype)
-                continue
-            for leaf, rows in self._rows()[i].items():
-                if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
-                    squares = jnp.square(rows.astype(dtype))
-                    total = total + jnp.sum(squares, axis=range(1, rows.ndim))
-        for x, counts in zip(done.own, self._own_in_gramian, strict=True):
-            if counts:
-                squares = jnp.square(x.astype(dtype))
-                total = total + jnp.sum(squares, axis=range(2, x.ndim)).reshape(-1)
         return total
 
     def explain(self) -> str:

@@ -94,7 +94,7 @@ def weighted_rows(
     return [x.astype(y.dtype) for x, y in zip(total, like, strict=True)]
 
 
-def linearise(
+def linearize(
     fun: Callable[..., tuple[jax.Array, Any]],
     inputs: Sequence[jax.Array],
     chunk_size: int | None = None,
@@ -104,7 +104,7 @@ def linearise(
 
     Args:
       fun: Function of a list of arrays.
-      inputs: Where to linearise it.
+      inputs: Where to linearize it.
       chunk_size: How many rows may exist at a time.
       needs_push: Whether rows will be compared; otherwise one backward pass is all.
 
@@ -354,7 +354,7 @@ class PerTask(Tasks):
                 return call(jax.tree.unflatten(treedef, full))
 
             inputs = [x for x, w in zip(leaves, wanted, strict=True) if w]
-            return linearise(losses, inputs, options.chunk_size, needs_gramian)
+            return linearize(losses, inputs, options.chunk_size, needs_gramian)
 
         linear, aux = of_leaves(shared)
         super().__init__(linear, aux)

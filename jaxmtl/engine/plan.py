@@ -41,6 +41,8 @@ class Group:
       bent: Whether the weighted sum is one of rows alone: a custom derivative on the way from the
         values to the leaves need not be linear.
       reason: Why, in words.
+      operations: Of the products of its part of the Gramian.
+      memory: Bytes of what these are products of: of rows, or of the tables of inner products.
     """
 
     values: list[Value]
@@ -52,6 +54,8 @@ class Group:
     keep: bool = False
     bent: bool = False
     reason: str = ""
+    operations: int = 0
+    memory: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,7 +84,9 @@ def make_plan(
         counted = {in_gramian[leaf] for leaf in group.leaves}
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
         _choose(group, views, (num_examples, diagonal), leaf_size, mixed=len(counted) > 1)
-        if counted == {False}:
+        if True in counted:
+            _measure(group, program, num_examples, diagonal)
+        else:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
     return Plan(program, groups, tuple(in_gramian))
@@ -118,7 +124,7 @@ def _group(program: Program, views: Views) -> list[Group]:
 
 
 def _choose(
-    group: Group, views: Views, size: tuple[int, bool], leaf_size: int, mixed: bool
+    group: Group, views: Views, wanted: tuple[int, bool], leaf_size: int, mixed: bool
 ) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
@@ -128,16 +134,16 @@ def _choose(
         for use in group.uses
         for v in (*use.data, *use.outs)
     )
+    if alone and seen[0] is not None and not mixed:
+        group.method, leaf_size = "rows", math.prod(group.values[0].shape)
     group.keep = leaf_size <= _KEEP_ROWS * sources
     group.bent = any(v.bent for v in group.values)
-    if mixed or group.bent:
+    if mixed or group.bent:  # A bent value has no view.
         group.keep |= group.bent
         group.reason = f"used through a custom derivative that need not be linear, by {names}"
         if mixed:
             group.reason = f"used together with a parameter that is not shared, by {names}"
         return
-    if alone and seen[0] is not None:
-        group.method = "rows"
     found = [_parts_of(use, views, alone) for use in group.uses]
     missing = [u for u, parts in zip(group.uses, found, strict=True) if not parts]
     if missing:
@@ -167,7 +173,7 @@ def _choose(
         return
     most = max(part.num_positions() for part in parts)
     group.keep |= most >= _MANY_POSITIONS and leaf_size <= _KEEP_ROWS_OF_MANY * sources
-    by_factors, by_rows = _costs(group, parts, known, size, leaf_size)
+    by_factors, by_rows = _costs(group, parts, known, wanted, leaf_size)
     if by_factors <= by_rows:
         group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
         group.reason = f"inner products of inputs and cotangents of {names}"
@@ -194,20 +200,10 @@ def _costs(
     """Returns the costs of "factors" and of rows beside a weighted sum, in operations."""
     n, diagonal = size
     products = n if diagonal else n * n
-
-    def volume(part: Part, axes: Sequence[int]) -> int:
-        return math.prod(part.value.shape[a] for a in axes)
-
-    positions = []
-    for part in parts:
-        left, right = (volume(part, side) for side in part.layout.own)
-        width = right + (left if part.factors.lookup is None else 0)
-        positions.append((part.num_positions(), volume(part, part.layout.shared), width))
     by_factors = 0.0
     for i, j in pairings:
-        (t, num_shared, width), (s, _, _) = positions[i], positions[j]
-        pairs = products * t * s * num_shared * (1 if i == j else 2)
-        by_factors += pairs * 2 * width + _MEMORY_COST * (2 * pairs if t * s > 1 else 0)
+        entries, operations = _of_pair(parts[i], parts[j], products)
+        by_factors += operations + _MEMORY_COST * (2 * entries if entries > products else 0)
     by_rows = 2.0 * products * leaf_size + _MEMORY_COST * 2 * n * leaf_size
     for use in group.uses:
         value_size = math.prod(use.params[0].shape)
@@ -219,6 +215,58 @@ def _costs(
         if group.keep:  # The weighted sum is then one of rows, and need not be taken afresh.
             by_rows -= 2.0 * n * (t - 1) * value_size
     return by_factors, by_rows
+
+
+def _of_pair(a: Part, b: Part, products: int) -> tuple[int, int]:
+    """Returns the entries of a table of inner products of two parts, and the operations on it.
+
+    Args:
+      a: A part.
+      b: Another, or the same.
+      products: How many pairs of examples are compared.
+    """
+
+    def size(axes: Sequence[int]) -> int:
+        return math.prod(a.value.shape[axis] for axis in axes)
+
+    left, right = map(size, a.layout.own)
+    width = right + (left if a.factors.lookup is None else 0)
+    entries = products * a.num_positions() * b.num_positions() * size(a.layout.shared)
+    entries *= 1 if a is b else 2
+    return entries, 2 * entries * width
+
+
+def _measure(group: Group, program: Program, n: int, diagonal: bool) -> None:
+    """Notes the operations and the memory of a group's part of the Gramian."""
+    products = n if diagonal else n * n
+    if group.method == "factors":
+        found = [_of_pair(group.parts[i], group.parts[j], products) for i, j in group.pairings]
+        bits = max(jnp.finfo(program.leaves[leaf].aval.dtype).bits for leaf in group.leaves)
+        group.operations = sum(operations for _, operations in found)
+        group.memory = 2 * max(entries for entries, _ in found) * max(bits, 32) // 8
+        return
+    rows = [v.aval for v in (program.leaves[leaf] for leaf in group.leaves)]
+    sizes = [math.prod(aval.shape) for aval in rows]
+    if group.method == "rows":
+        sizes, rows = [math.prod(group.values[0].shape)], [group.values[0].aval]
+    group.operations = 2 * products * sum(sizes)
+    group.memory = sum(
+        n * size * aval.dtype.itemsize for size, aval in zip(sizes, rows, strict=True)
+    )
+
+
+def _size(group: Group) -> str:
+    if not group.operations:
+        return ""
+    return f" ({_short(group.operations, 'FLOP')}, {_short(group.memory, 'B')})"
+
+
+def _short(number: float, unit: str) -> str:
+    """Returns a number with three digits: 12.3 MFLOP."""
+    prefixes = ["", "k", "M", "G", "T"]
+    while number >= 1000 and len(prefixes) > 1:
+        number, prefixes = number / 1000, prefixes[1:]
+    return f"{number:.3g} {prefixes[0]}{unit}"
 
 
 def describe(plan: Plan, names: Sequence[str], leaves: Sequence[Any], own: Sequence[bool]) -> str:
@@ -233,7 +281,7 @@ def describe(plan: Plan, names: Sequence[str], leaves: Sequence[Any], own: Seque
         if not is_own:
             leaf = next(positions)
             reasons = [
-                f"{words.get(group.method, 'per-example rows')}: {group.reason}"
+                f"{words.get(group.method, 'per-example rows')}{_size(group)}: {group.reason}"
                 for group in plan.groups
                 if leaf in group.leaves
             ] or ["unused: no example depends on it"]

@@ -113,7 +113,7 @@ class Use(Call):
 
 @dataclasses.dataclass(eq=False)
 class Scan:
-    """An opened scan."""
+    """An opened scan; with ``remat``, one whose steps are computed again in the backward pass."""
 
     loop: Loop
     reverse: bool
@@ -127,6 +127,7 @@ class Scan:
     ys: tuple[Value, ...]
     outs: tuple[Value, ...]
     uses: tuple[Use, ...]
+    remat: bool = False
 
 
 @dataclasses.dataclass(eq=False)

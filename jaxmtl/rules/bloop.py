@@ -33,19 +33,17 @@ def project_off(rows: Any, direction: Any) -> Any:
     Returns:
       Pytree like ``rows``: ``g_i - (g_i . e / |e|^2) e``, in at least float32.
     """
-
-    def stack(e: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.concatenate([e[None].astype(g.dtype), g])
-
     rows = linalg.accumulable(rows)
-    products, _ = linalg.balanced_gramian(jax.tree.map(stack, direction, rows))
-    square = products[0, 0]
-    ratios = jnp.where(square > 0, products[0, 1:] / jnp.where(square > 0, square, 1), 0)
+    one = jax.tree.map(lambda e: e[None], linalg.accumulable(direction))
+    norm = linalg.row_norms(one)
+    # A unit vector, so that no product can leave the range of the rows.
+    unit = linalg.times_rows(jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1), 0), one)
+    parts = linalg.gramian(rows, unit)[:, 0]
 
     def leaf(g: jax.Array, e: jax.Array) -> jax.Array:
-        return g - linalg.column(ratios.astype(g.dtype), g) * e.astype(g.dtype)
+        return g - linalg.column(parts.astype(g.dtype), g) * e.astype(g.dtype)
 
-    return jax.tree.map(leaf, rows, direction)
+    return jax.tree.map(leaf, rows, unit)
 
 
 @method("main gradient plus the others projected off its running mean", "Hsieh 2024", "scale-free")

@@ -1,4 +1,4 @@
-"""Krum: the gradients that agree best with their neighbours."""
+"""Krum: the gradients that agree best with their neighbors."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxmtl.registry import method
 from jaxmtl.types import Aggregator
 
 
-@method("the gradient nearest to its neighbours", "Blanchard 2017", "scale-free")
+@method("the gradient nearest to its neighbors", "Blanchard 2017", "scale-free")
 def krum(
     num_byzantine: int = 1,
     *,
@@ -16,7 +16,7 @@ def krum(
     distance: str = "squared",
     num_tasks: int | None = None,
 ) -> Aggregator:
-    """Averages the gradients that lie nearest to their neighbours.
+    """Averages the gradients that lie nearest to their neighbors.
 
     The score of a row is the sum of its distances to its ``m - f - 2`` nearest others; the
     rows of lowest score are selected (the first ones, on ties).
@@ -32,7 +32,7 @@ def krum(
 
     Returns:
       An `Aggregator` without inner state. Needs ``m >= f + 3`` rows; if masking leaves fewer,
-      each row counts its nearest neighbour.
+      each row counts its nearest neighbor.
 
     Raises:
       ValueError: A count is out of range; when tracing, if ``m < f + 3`` or
@@ -68,8 +68,8 @@ def krum(
         other = ~jnp.eye(m, dtype=bool) & task_mask[None, :]
         near = jnp.sort(jnp.where(other, apart, jnp.inf), axis=1)
         present = jnp.sum(task_mask)
-        neighbours = jnp.maximum(present - num_byzantine - 2, 1)
-        counted = (jnp.arange(m) < neighbours) & jnp.isfinite(near)
+        neighbors = jnp.maximum(present - num_byzantine - 2, 1)
+        counted = (jnp.arange(m) < neighbors) & jnp.isfinite(near)
         score = jnp.where(task_mask, jnp.sum(jnp.where(counted, near, 0), axis=1), jnp.inf)
         rank = jnp.argsort(jnp.argsort(score))  # stable: ties go to the first
         selected = jnp.minimum(num_selected, present)

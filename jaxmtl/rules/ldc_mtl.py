@@ -82,7 +82,7 @@ def keep_absent_logits(new: PyTree, old: PyTree, task_mask: jax.Array) -> PyTree
 
 
 def discrepancy(values: jax.Array, smooth: float, task_mask: jax.Array) -> jax.Array:
-    """Returns the sum of ``|v_i - v_j|`` over tasks that are neighbours among those present."""
+    """Returns the sum of ``|v_i - v_j|`` over tasks that are neighbors among those present."""
     m = values.size
     place = jnp.where(task_mask, jnp.arange(m), -1)
     before = jnp.concatenate([jnp.array([-1]), lax.cummax(place)[:-1]])
@@ -189,9 +189,10 @@ def ldc_mtl(
         ``features`` or ``lower_losses`` are missing or of a wrong shape.
 
     **Properties**: weighted, linear under scaling of the gradients, conflicting. Not
-    permutation-equivariant: f compares neighbours; reversing the order changes nothing. The slope
-    of f between equal neighbours is 0. Absent tasks are removed, with their neighbours made
-    neighbours, and keep their part of W. Without normalization losses of any sign will do. Under
+    permutation-equivariant: f compares neighbors; reversing the order changes nothing. Named tasks
+    stand in the sorted order of their names, so that "task10" comes before "task2". The slope
+    of f between equal neighbors is 0. Absent tasks are removed, with their neighbors made
+    neighbors, and keep their part of W. Without normalization losses of any sign will do. Under
     ``"log"`` a loss at or below the least normal number has weight 0; under the ratios an l_0 at
     or below it counts as 1. A step at which the router's optimizer overflows (Adam, beyond 1e19
     in float32) is skipped.

@@ -195,7 +195,7 @@ def active_set(
     tolerance = 10 * m * eps
     identity = jnp.eye(m, dtype=dtype)
 
-    def minimise_on(free: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def minimize_on(free: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         pair = free[:, :, None] & free[:, None, :]
         diagonal = jnp.where(free, ridge, 1)[:, :, None] * identity[None]
         face = jnp.where(pair, matrix[None], 0) + diagonal
@@ -222,12 +222,14 @@ def active_set(
             lacking = jnp.max(jnp.abs(rest), -1)
             return Refined(step, rest, lacking, lacking > 0.9 * c.lacking, c.times + 1)
 
+        gradient = linear - x @ matrix
         rest = jnp.where(free, gradient, 0)
         lacking = jnp.max(jnp.abs(rest), -1)
         no = jnp.zeros((k,), bool)
         first = Refined(jnp.zeros_like(rest), rest, lacking, no, jnp.zeros((), jnp.int32))
         last = lax.while_loop(imprecise, refine, first)
-        size = scale + jnp.max(jnp.abs(last.step), -1)
+        # Rounding of Q x lacks no more than this.
+        size = scale + jnp.max(x, -1) + jnp.max(jnp.abs(last.step), -1)
         return last.step, last.idle & (last.lacking > 2 * m * eps * size)
 
     def residual_of(x: jax.Array) -> jax.Array:
@@ -246,7 +248,7 @@ def active_set(
         return jnp.any(~c.done) & (c.rounds < 4 * m + 20)
 
     def improve(c: Carry) -> Carry:
-        step, inconsistent = minimise_on(c.free, linear - c.x @ matrix)
+        step, inconsistent = minimize_on(c.free, c.x)
         falling = c.free & (step < 0)
         reach = jnp.where(falling, -c.x / jnp.where(falling, step, -1), jnp.inf)
         length = jnp.minimum(jnp.min(reach, -1, keepdims=True), 1)

@@ -116,8 +116,8 @@ def multi_steps(
     **Properties**: with ``task_mask`` row i, its loss and its entries of ``cross_gramian`` are
     averaged over the micro-batches where task i is present (an entry of two tasks that never met
     is 0), and ``inner`` sees as present the tasks that were present in any. A micro-batch with a
-    non-finite value, in a row or an averaged input, leaves no trace but one more in every
-    ``mtl_skipped`` of the state; the step then waits for another. In ``previous_batch_losses``,
+    non-finite value, in a row or an averaged input, is dropped: every ``mtl_skipped`` of the state
+    grows by one, and the step waits for one more micro-batch. In ``previous_batch_losses``,
     which belong to other batches with other masks, a non-finite entry means not known and is left
     out. The mean of cross-Gramians is as unbiased as each, but is not the cross-Gramian of the
     concatenated batches. The accumulators take m times the parameters' memory in at least float32,
