@@ -65,6 +65,9 @@ EQUATIONS = {
     r"\ge \tau \lVert s_j g_j\rVert^2 \ (j > 1)",
     "pcgrad": r"u = \sum_i v_i, \qquad v_i \leftarrow v_i - \frac{\min(0, \langle v_i, g_j\rangle)}{\lVert g_j\rVert^2}\, g_j "
     r"\text{ for } j \ne i \text{ in random order}, \quad v_i = g_i \text{ at first}",
+    "pmgda": r"h = \Big\lVert \ell - \frac{\ell^\top p}{p^\top p}\, p\Big\rVert, \qquad u = \begin{cases} \arg\min_{w \in \Delta, \nu} "
+    r"\lVert \sum_i w_i g_i + \nu\, \nabla h\rVert & h < \varepsilon \\ \arg\max_d \min_i \langle g_i, d\rangle "
+    r"\ \text{ with } \langle \nabla h, d\rangle \ge \sigma \lVert \nabla h\rVert & \text{else} \end{cases}",
     "rgw": r"w = \operatorname{softmax}(\varepsilon), \qquad \varepsilon \sim \mathcal N(0, I_m)",
     "rlw": r"w = \operatorname{softmax}(\varepsilon), \qquad \varepsilon \sim \mathcal N(0, I_m)",
     "scale_invariant": r"u = \nabla \sum_i \log \ell_i, \qquad w_i = \frac{1}{\ell_i}",
