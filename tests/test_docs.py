@@ -40,6 +40,8 @@ def library_pages():
 
 def test_readme_is_short():
     assert len(README.split()) <= 900
+    assert "more than forty methods" in README
+    assert len(jaxmtl.methods()) > 40
 
 
 def test_the_first_program_prints_what_the_readme_says(capsys):
