@@ -90,8 +90,10 @@ def choose(t, number, salt):
 
 
 def events_of(name, m):
-    # GO4Align's weights are ratios of losses: times rows of 2^50 they would leave float32.
-    losses = loss_events(m, 30 if name == "go4align" else 50)
+    # GO4Align's weights are ratios of losses, those of the hypervolume powers of them: times rows
+    # of 2^50 they would leave float32.
+    spans = {"go4align": 30, "hypervolume_scalarization": 20}
+    losses = loss_events(m, spans.get(name, 50))
     return {
         "rows": row_events(m),
         "losses": losses,

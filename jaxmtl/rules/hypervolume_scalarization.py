@@ -54,7 +54,8 @@ def hypervolume_scalarization(
     work that states it, not read in the paper.
 
     **Differs from** the paper, where s is 0 and flat if a loss exceeds its bound: here it goes on
-    as ``-|t|^m``, so that such losses are brought down. At t = 0 exactly the slope is 0.
+    as ``-|t|^m``, so that such losses are brought down. At t = 0 exactly the slope is 0. A step at
+    which ``|t|^(m - 1)`` leaves the format is skipped.
 
     >>> import jax.numpy as jnp, jaxmtl
     >>> r = jnp.array([3.0, 4.0])
