@@ -125,6 +125,34 @@ def refuse_old(function: str, old: Mapping[str, Any], instead: str) -> None:
         raise ValueError(f"{function} takes no {name}=: expected {instead}, got {name}=; drop it")
 
 
+def check_weighting(aggregator: Any) -> Any:
+    """Returns the weighting of an aggregator.
+
+    Raises:
+      ValueError: It has none, or is no aggregator.
+    """
+    weighting = getattr(aggregator, "weighting", None)
+    if weighting is not None:
+        return weighting
+    if callable(aggregator) and not hasattr(aggregator, "update"):
+        name = getattr(aggregator, "__name__", type(aggregator).__name__)
+        raise ValueError(
+            f"expected an aggregator, got the function {name}; call it, as in {name}(), with its "
+            "options if it has any"
+        )
+    if not hasattr(aggregator, "update"):
+        raise ValueError(
+            f"expected an aggregator, got {type(aggregator).__name__}; pass for instance "
+            "jaxmtl.upgrad()"
+        )
+    raise ValueError(
+        "expected an aggregator with a weighting, got one that needs the Jacobian itself (a "
+        "coordinate rule, a chain or an inject_hyperparams result); use the Jacobian route: "
+        "jaxmtl.value_and_jacobian, then aggregator.update(jacobian, state, params, "
+        "losses=losses)"
+    )
+
+
 # --- while tracing ----------------------------------------------------------------------------
 
 
