@@ -65,6 +65,7 @@ METHODS: dict[str, Callable[[], jaxmtl.Aggregator]] = {
     "mgda": jaxmtl.mgda,
     "dcgd_center": jaxmtl.config,
     "dcgd_projection": jaxmtl.dual_proj,
+    "dcgd_average": jaxmtl.dcgd,
 }
 SOLVERS = (*METHODS, "gauss_newton")
 
