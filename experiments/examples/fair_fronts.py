@@ -96,7 +96,9 @@ def scale_of(rows: Rows, steps: int) -> tuple[jax.Array, jax.Array]:
     return low, jnp.stack([worst, disparity])
 
 
-def study(train: Rows, test: Rows, steps: int = STEPS) -> tuple[np.ndarray, dict[str, Any]]:
+def study(
+    train: Rows, test: Rows, steps: int = STEPS, methods: Sequence[str] = pareto_fronts.SETS
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Returns the front of all methods (f, 2), and points and measures of each."""
     seeds, _, d = train.inputs.shape
     chosen = fronts.preferences(2, NUM_PREFERENCES - 1, margin=pareto_fronts.MARGIN)
@@ -105,7 +107,9 @@ def study(train: Rows, test: Rows, steps: int = STEPS) -> tuple[np.ndarray, dict
 
     def run(method: str) -> np.ndarray:
         def one(given: tuple[Rows, Any, jax.Array]) -> jax.Array:
-            rows, (low, high), starts = given
+            rows, scale, starts = given
+            low: jax.Array = scale[0]
+            high: jax.Array = scale[1]
 
             def losses_fn(params: jax.Array, rows: Rows = rows) -> jax.Array:
                 return (objectives(params, rows) - low) / (high - low)
@@ -113,11 +117,12 @@ def study(train: Rows, test: Rows, steps: int = STEPS) -> tuple[np.ndarray, dict
             params = pareto_fronts.train(
                 losses_fn, method, chosen, starts, steps, project=lambda params: params
             )
-            return jax.vmap(lambda p: losses_fn(p, test))(params)
+            found: jax.Array = jax.vmap(lambda p: losses_fn(p, test))(params)
+            return found
 
         return np.asarray(jax.jit(lambda x: jax.lax.map(one, x))((train, scales, starts)))
 
-    found = {method: run(method) for method in pareto_fronts.SETS}
+    found = {method: run(method) for method in methods}
     together = jnp.concatenate([points.reshape(-1, 2) for points in found.values()])
     front = np.asarray(together)[np.asarray(fronts.non_dominated(together))]
     return front, pareto_fronts.measured(front, found)
@@ -127,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study, prints its tables and, with ``--out``, writes records, figure and notes."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="folder with census_income_kdd_*.csv.gz")
+    parser.add_argument(
+        "--methods", nargs="+", choices=pareto_fronts.SETS, default=pareto_fronts.SETS
+    )
     parser.add_argument("--seeds", type=int, default=1, help="sets of rows and of starts")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, help="results go to its folder fronts")
@@ -134,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = options.out / "fronts" if options.out is not None else None
     path = folder / "problems.jsonl" if folder is not None else None
     split = tables.load_census(options.data_dir)
-    front, results = study(*load(split, options.seeds), options.steps)
+    front, results = study(*load(split, options.seeds), options.steps, options.methods)
     records = pareto_fronts.records_of("Census", results)
     if folder is not None:
         records = pareto_fronts.write(path, pareto_fronts.read(path), records)

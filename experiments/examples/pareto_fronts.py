@@ -49,8 +49,9 @@ script's default, as it does not state a number; hypervolume up to (1, 1)): line
 """
 
 import argparse
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def dominated(points: jax.Array, samples: jax.Array) -> jax.Array:
     def one(sample: jax.Array) -> jax.Array:
         return jnp.any(jnp.all(points <= sample, axis=1))
 
-    return jax.lax.map(one, samples, batch_size=1024)
+    found: jax.Array = jax.lax.map(one, samples, batch_size=1024)
+    return found
 
 
 def volume_of(m: int) -> Callable[[jax.Array], jax.Array]:
@@ -215,23 +217,46 @@ def measured(front: np.ndarray, found: dict[str, np.ndarray]) -> dict[str, dict[
 
 
 def study(
-    problem: Problem, front: np.ndarray, seeds: int, steps: int = STEPS
-) -> dict[str, dict[str, Any]]:
-    """Returns points (seeds, k, m) and measures (seeds,) of every method on one problem."""
-    m, n = problem.num_tasks, len(problem.low)
+    problems: Sequence[Problem],
+    true_fronts: Sequence[np.ndarray],
+    seeds: int,
+    steps: int = STEPS,
+    methods: Sequence[str] = SETS,
+) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """Yields for each problem its name, and points (seeds, k, m) and measures of every method.
+
+    The problems have the same number of objectives. A method is compiled once for all of them: the
+    problem is a traced number, and variables that one does not have lie idle.
+    """
+    m, widest = problems[0].num_tasks, max(len(problem.low) for problem in problems)
     chosen = fronts.preferences(m, PARTITIONS[m], margin=MARGIN)
-    starts = jax.random.uniform(jax.random.key(0), (seeds, len(chosen), n))
-    found = {}
-    for method in SETS:
-        if method == "hypervolume" and m > 4:  # k^(m - 1) operations a step
-            continue
 
-        def run(starts: jax.Array, method: str = method) -> jax.Array:
-            points = train(problem.losses_fn, method, chosen, starts, steps)
-            return jax.vmap(problem.losses_fn)(points)
+    def losses_fn(unit: jax.Array, which: jax.Array) -> jax.Array:
+        cases = [lambda unit, p=p: p.losses_fn(unit[: len(p.low)]) for p in problems]
+        losses: jax.Array = jax.lax.switch(which, cases, unit)
+        return losses
 
-        found[method] = np.asarray(jax.jit(jax.vmap(run))(starts))
-    return measured(front, found)
+    @functools.cache
+    def compiled(method: str) -> Callable[[jax.Array, int], jax.Array]:
+        def run(starts: jax.Array, which: jax.Array) -> jax.Array:
+            def of(unit: jax.Array) -> jax.Array:
+                return losses_fn(unit, which)
+
+            found: jax.Array = jax.vmap(of)(train(of, method, chosen, starts, steps))
+            return found
+
+        return jax.jit(jax.vmap(run, (0, None)))
+
+    for which, (problem, front) in enumerate(zip(problems, true_fronts, strict=True)):
+        n = len(problem.low)
+        starts = jax.random.uniform(jax.random.key(0), (seeds, len(chosen), n))
+        starts = jnp.pad(starts, ((0, 0), (0, 0), (0, widest - n)))
+        found = {
+            method: np.asarray(compiled(method)(starts, which))
+            for method in methods
+            if method != "hypervolume" or m <= 4  # k^(m - 1) operations a step
+        }
+        yield problem.name, measured(front, found)
 
 
 # LibMOON's table 1 (its markdown/results.md): hypervolume up to (1, 1), mean and deviation. It is
@@ -401,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with re_suite.zip")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=QUICK)
     parser.add_argument("--recorded", action="store_true", help="all problems, LibMOON's table")
+    parser.add_argument("--methods", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--seeds", type=int, default=1, help="sets of starts")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, help="results go to its folder fronts")
@@ -409,13 +435,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = folder / "problems.jsonl" if folder is not None else None
     records = read(path)
     with jax.enable_x64(True):  # the RE problems' objectives differ by up to 1e12
-        for name in PROBLEMS if options.recorded else options.problems:
-            problem = PROBLEMS[name]()
-            front = load_front(problem, options.data_dir)
-            results = study(problem, front, options.seeds, options.steps)
-            records = write(path, records, records_of(name, results))
-            if folder is not None:
-                draw(name, front, results, folder / f"{name.lower()}.png")
+        names = PROBLEMS if options.recorded else options.problems
+        groups: dict[int, list[Problem]] = {}
+        for problem in (PROBLEMS[name]() for name in names):
+            groups.setdefault(problem.num_tasks, []).append(problem)
+        for problems in groups.values():
+            true = [load_front(problem, options.data_dir) for problem in problems]
+            runs = study(problems, true, options.seeds, options.steps, options.methods)
+            for (name, results), front in zip(runs, true, strict=True):
+                records = write(path, records, records_of(name, results))
+                if folder is not None:
+                    draw(name, front, results, folder / f"{name.lower()}.png")
         if options.recorded:
             records = write(path, records, beside_libmoon(options.seeds, options.steps))
     report(folder, records)

@@ -69,6 +69,18 @@ METHODS: dict[str, Callable[[], jaxmtl.Aggregator]] = {
 }
 SOLVERS = (*METHODS, "gauss_newton")
 
+# Of the curves: a color and a dash for each, the three forms of DCGD in one color.
+STYLES: dict[str, dict[str, Any]] = {
+    "mean": {"color": "black", "ls": "-"},
+    "upgrad": {"color": "#0072B2", "ls": "--"},
+    "config": {"color": "#009E73", "ls": "-"},
+    "mgda": {"color": "#999999", "ls": "-"},
+    "dcgd_center": {"color": "#E69F00", "ls": "-"},
+    "dcgd_projection": {"color": "#E69F00", "ls": "--"},
+    "dcgd_average": {"color": "#E69F00", "ls": ":"},
+    "gauss_newton": {"color": "#D00000", "ls": "-", "lw": 2.5},
+}
+
 Step = Callable[[Params, Any, jax.Array], tuple[Params, Any]]
 
 
@@ -152,7 +164,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Returns the mean of the last errors and its standard error, a row per method."""
     problems = list(dict.fromkeys(record["problem"] for record in records))
     lines = [f"{'relative L2 error':17}" + "".join(f"{name:>22}" for name in problems)]
-    for method in SOLVERS:
+    for method in dict.fromkeys(record["method"] for record in records):
         cells = []
         for name in problems:
             last = [r["errors"] for r in records if (r["problem"], r["method"]) == (name, method)]
@@ -163,6 +175,31 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def conclude(records: Sequence[dict[str, Any]]) -> str:
+    """Returns for each problem which methods differ from the mean by two standard errors.
+
+    The differences are those of pairs of runs from the same start. Of one seed: the lowest.
+    """
+    lines = []
+    for problem in dict.fromkeys(record["problem"] for record in records):
+        last = {
+            r["method"]: np.array(r["errors"])[:, -1] for r in records if r["problem"] == problem
+        }
+        if len(last["mean"]) == 1:
+            _, best = min((errors[0], method) for method, errors in last.items())
+            lines.append(f"{problem}: from this one start {best} ends lowest.")
+            continue
+        found: dict[str, list[str]] = {"better": [], "worse": []}
+        for method, errors in last.items():
+            gaps = errors - last["mean"]
+            spread = np.std(gaps, ddof=1) / np.sqrt(len(gaps))
+            if method != "mean" and abs(np.mean(gaps)) > 2 * spread:
+                found["better" if np.mean(gaps) < 0 else "worse"].append(method)
+        better, worse = (", ".join(found[word]) or "none" for word in ("better", "worse"))
+        lines.append(f"{problem}: better than the mean {better}; worse {worse}.")
+    return "\n".join(lines)
+
+
 def draw(
     problems: dict[str, tuple[Equation, Reference]],
     records: Sequence[dict[str, Any]],
@@ -170,21 +207,23 @@ def draw(
     path: Path,
 ) -> None:
     """Saves a figure: a row per problem of errors on the way, reference and two solutions."""
-    figure = Figure(figsize=(13, 3.1 * len(problems)), layout="constrained")
+    figure = Figure(figsize=(14, 3.3 * len(problems)), layout="constrained")
+    grid = figure.add_gridspec(len(problems), 4, width_ratios=[1.7, 1, 1, 1])
     for row, (name, (equation, reference)) in enumerate(problems.items()):
-        axes = [figure.add_subplot(len(problems), 4, 4 * row + i + 1) for i in range(4)]
-        for record in records:
-            if record["problem"] == name:
-                errors = np.median(record["errors"], axis=0)
-                axes[0].semilogy(np.linspace(0, 1, POINTS), errors, label=record["method"])
+        axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
+        shown = [record for record in records if record["problem"] == name]
+        for record in shown:
+            median = np.median(record["errors"], axis=0)
+            style = STYLES[record["method"]]
+            axes[0].semilogy(np.linspace(0, 1, POINTS), median, label=record["method"], **style)
         axes[0].set(xlabel="share of the steps", ylabel="relative L2 error, median", title=name)
-        axes[0].legend(fontsize=6)
+        axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)
         fields = {"reference": reference.values}
-        for method in ("mean", "gauss_newton"):
+        for method in (shown[0]["method"], shown[-1]["method"]):
             fields[method] = equation.solution(trained[name, method], reference.points)
         across, along = reference.points[:, 0], reference.points[:, 1]
         extent: Any = [float(f(axis)) for axis in (along, across) for f in (jnp.min, jnp.max)]
-        for axis, (title, values) in zip(axes[1:], fields.items(), strict=True):
+        for axis, (title, values) in zip(axes[1:], fields.items(), strict=False):
             field = np.asarray(values)[:, 0].reshape(reference.shape)
             if name == "cavity":
                 field = field.T  # height upwards
@@ -200,8 +239,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="the reference solutions")
     parser.add_argument("--steps", type=int, default=2000, help="of the first-order methods")
+    parser.add_argument("--problems", nargs="+", choices=COUNTS, default=list(COUNTS))
+    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=SOLVERS)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for records and the figure")
+    parser.add_argument("--out", type=Path, help="results go to its folder physics_informed")
     options = parser.parse_args(argv)
     if options.steps % (10 * POINTS):
         parser.error(f"expected steps in multiples of {10 * POINTS}, got {options.steps}")
@@ -212,9 +253,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = {
             name: (equation, _pinn.load_reference(equation, options.data_dir))
             for name, equation in equations.items()
+            if name in options.problems
         }
         for name, (equation, reference) in problems.items():
-            for method in SOLVERS:
+            for method in dict.fromkeys(("mean", *options.methods)):  # what others are beside
 
                 def run(
                     key: jax.Array, e: Any = equation, r: Any = reference, m: str = method
@@ -227,11 +269,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 records.append({"problem": name, "method": method, "errors": errors})
                 print(name, method, *(f"{curve[-1]:.4f}" for curve in errors), flush=True)
         print(table(records))
+        print(conclude(records))
         if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
+            folder = options.out / "physics_informed"
+            folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(record) + "\n" for record in records)
-            (options.out / "physics_informed.jsonl").write_text(lines)
-            draw(problems, records, trained, options.out / "physics_informed.png")
+            (folder / "errors.jsonl").write_text(lines)
+            draw(problems, records, trained, folder / "errors.png")
 
 
 if __name__ == "__main__":
