@@ -23,6 +23,7 @@ from experiments.examples import (
     physics_informed,
     training_steps,
 )
+from experiments.report import with_tables
 from experiments.tabular import data as tables
 from tests.test_experiments_tabular import census_rows
 
@@ -57,7 +58,7 @@ def test_fronts_of_a_problem_and_of_a_table_share_records_and_notes(tmp_path, mo
         middle, ends = np.array(record["middle"]), np.array(record["ends"])
         assert ((middle >= 0) & (middle <= 1) & (ends >= 0) & (ends <= 1)).all()
     written, printed = page.read_text(), capsys.readouterr().out
-    assert written == pareto_fronts.notes("A word.\n\n", records)
+    assert written == with_tables("A word.\n\n", pareto_fronts.tables(records).items())
     assert f"| VLMOP2 | {reached['linear_scalarization']:.2f} | - |" in written
     assert "Hypervolume, as a share of the front's" in printed
     for name in ("vlmop2.png", "census.png"):
@@ -101,11 +102,13 @@ def test_pareto_sets(tmp_path, capsys):
     assert (tmp_path / "pareto_set" / "fronts.png").stat().st_size > 10_000
 
 
-def test_physics(tmp_path, capsys):
+def test_physics(tmp_path, monkeypatch, capsys):
     """Beside a made-up reference that has the initial values and fades, as the solution does."""
     x, t = np.linspace(-1, 1, 9), np.linspace(0, 1, 5)
     wave = -np.sin(np.pi * x)[:, None] * np.exp(-t)
     savemat(tmp_path / "burgers_shock.mat", {"x": x, "t": t, "usol": wave})
+    few = {"equation": 60, "initial": 20, "boundary": 20}
+    monkeypatch.setitem(physics_informed.COUNTS, "Burgers", few)
     arguments = ["--data-dir", str(tmp_path), "--out", str(tmp_path), "--steps", "250"]
     physics_informed.main([*arguments, "--problems", "Burgers", "--methods", "gauss_newton"])
     records = records_of(tmp_path / "physics_informed" / "errors.jsonl")

@@ -63,7 +63,7 @@ from matplotlib.figure import Figure
 
 import jaxmtl
 from experiments.examples._front_problems import PROBLEMS, Problem, load_front
-from experiments.report import MARK, markdown
+from experiments.report import with_tables
 from jaxmtl import fronts
 
 STEPS, RATE, MARGIN = 2000, 1e-2, 0.01
@@ -318,7 +318,8 @@ def table(records: Sequence[dict[str, Any]], quantity: str) -> list[list[str]]:
     """Returns the means of a quantity, a row per problem and a column per method."""
     rows = [["", *(method.replace("linear_scalarization", "linear") for method in SETS)]]
     for name in dict.fromkeys(r["problem"] for r in records if "libmoon" not in r):
-        row = {r["method"]: r[quantity] for r in records if r["problem"] == name}
+        here = [r for r in records if r["problem"] == name and quantity in r]
+        row = {r["method"]: r[quantity] for r in here}
         cells = [f"{np.mean(row[m]):.2f}" if m in row else "-" for m in SETS]
         rows.append([name, *cells])
     return rows
@@ -341,14 +342,6 @@ def tables(records: Sequence[dict[str, Any]]) -> dict[str, list[list[str]]]:
     found = {title: table(records, quantity) for quantity, title in QUANTITIES.items()}
     beside = libmoon_table(records)
     return found | ({"VLMOP2, ten points, up to (1, 1)": beside} if len(beside) > 1 else {})
-
-
-def notes(prose: str, records: Sequence[dict[str, Any]]) -> str:
-    """Returns the notes: their prose as it is, then the tables."""
-    lines = [prose.partition(MARK)[0] + MARK]
-    for title, rows in tables(records).items():
-        lines += [f"**{title}**", "", *markdown(rows), ""]
-    return "\n".join(lines)
 
 
 def draw(
@@ -414,18 +407,23 @@ def write(
 def report(folder: Path | None, records: Sequence[dict[str, Any]]) -> None:
     """Prints the tables and, where there is a folder, writes them into its notes."""
     for title, rows in tables(records).items():
-        print("\n".join([title, *("".join(f"{c[:11]:>12}" for c in row) for row in rows)]))
+        widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+        print(title)
+        for row in rows:
+            print("".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     if folder is not None:
         page = folder / "notes.md"
-        page.write_text(notes(page.read_text() if page.exists() else "", records))
+        prose = page.read_text() if page.exists() else ""
+        page.write_text(with_tables(prose, tables(records).items()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study, prints its tables and, with ``--out``, writes records, figures and notes."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="folder with re_suite.zip")
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=QUICK)
-    parser.add_argument("--recorded", action="store_true", help="all problems, LibMOON's table")
+    parser.add_argument("--problems", nargs="*", choices=PROBLEMS, default=QUICK)
+    parser.add_argument("--libmoon", action="store_true", help="repeat a table of LibMOON")
+    parser.add_argument("--recorded", action="store_true", help="all problems, and that table")
     parser.add_argument("--methods", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--seeds", type=int, default=1, help="sets of starts")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -446,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 records = write(path, records, records_of(name, results))
                 if folder is not None:
                     draw(name, front, results, folder / f"{name.lower()}.png")
-        if options.recorded:
+        if options.recorded or options.libmoon:
             records = write(path, records, beside_libmoon(options.seeds, options.steps))
     report(folder, records)
 

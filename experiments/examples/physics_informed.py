@@ -50,6 +50,7 @@ from matplotlib.figure import Figure
 import jaxmtl
 from experiments.examples import _pinn
 from experiments.examples._pinn import Equation, Params, Reference
+from experiments.report import with_tables
 
 COUNTS = {
     "Burgers": {"equation": 480, "initial": 60, "boundary": 40},
@@ -160,19 +161,18 @@ def train(
 # --- table and figure ---------------------------------------------------------------------------
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Returns the mean of the last errors and its standard error, a row per method."""
     problems = list(dict.fromkeys(record["problem"] for record in records))
-    lines = [f"{'relative L2 error':17}" + "".join(f"{name:>22}" for name in problems)]
+    rows = [["method", *problems]]
     for method in dict.fromkeys(record["method"] for record in records):
-        cells = []
+        rows.append([method])
         for name in problems:
             last = [r["errors"] for r in records if (r["problem"], r["method"]) == (name, method)]
             values = np.array(last)[0, :, -1]
             spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            cells.append(f"{np.mean(values):12.4f} ± {spread:.4f}".rjust(22))
-        lines.append(f"{method:17}" + "".join(cells))
-    return "\n".join(lines)
+            rows[-1].append(f"{np.mean(values):.4f} ± {spread:.4f}")
+    return rows
 
 
 def conclude(records: Sequence[dict[str, Any]]) -> str:
@@ -268,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 errors = np.round(np.asarray(errors), 6).tolist()
                 records.append({"problem": name, "method": method, "errors": errors})
                 print(name, method, *(f"{curve[-1]:.4f}" for curve in errors), flush=True)
-        print(table(records))
+        for row in table(records):
+            print("".join(f"{cell:>20}" for cell in row))
         print(conclude(records))
         if options.out is not None:
             folder = options.out / "physics_informed"
@@ -276,6 +277,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (folder / "errors.jsonl").write_text(lines)
             draw(problems, records, trained, folder / "errors.png")
+            notes = folder / "notes.md"
+            title = f"Relative L2 errors, {options.seeds} seeds, mean and standard error"
+            prose = notes.read_text() if notes.exists() else ""
+            notes.write_text(
+                with_tables(prose, [(title, table(records))]) + conclude(records) + "\n"
+            )
 
 
 if __name__ == "__main__":
