@@ -14,10 +14,11 @@ preferences or, without them, from starts drawn at random.
 The objectives are those of 20,000 other rows. Nobody knows the true front: in its place stand the
 points of all methods and seeds that no other dominates.
 
-Recorded in ``experiments/results/fronts``, five seeds: hypervolumes as shares of that front's are
-0.87 (Tchebycheff and smooth Tchebycheff), 0.86 (PBI), 0.84 (weighted sum, EPO, CAGrad, hypervolume),
-0.83 (PMGDA), 0.82 (COSMOS), 0.81 (Aligned-MTL), 0.77 (UPGrad), 0.70 (MGDA) and 0.64 (Nash-MTL):
-rules that ask for a ratio of losses cover most, those that take no preference gather in one place.
+Recorded in ``experiments/results/fronts``, five seeds; hypervolumes as shares of that front's:
+0.87 (Tchebycheff and smooth Tchebycheff), 0.86 (PBI), 0.84 (weighted sum, EPO, CAGrad and
+hypervolume), 0.83 (PMGDA), 0.82 (COSMOS), 0.81 (Aligned-MTL), 0.77 (UPGrad), 0.70 (MGDA) and 0.64
+(Nash-MTL). The Tchebycheff forms cover most; rules that gather their points in one place, whatever
+the preference, cover least.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Physics-informed networks: conflicting conditions by first-order methods, and by Gauss-Newton.
 
     python -m experiments.examples.physics_informed --data-dir DIR              # one seed
-    python -m experiments.examples.physics_informed --data-dir DIR --seeds 3 --out DIR   # recorded
+    python -m experiments.examples.physics_informed --data-dir DIR --seeds 5 --out OUT   # recorded
 
 DIR holds the reference solutions ``burgers_shock.mat`` and ``ldc_Re100.mat``. Burgers' equation has
 a loss for the equation, one for the initial values and one for the boundary; the lid-driven cavity
@@ -9,15 +9,14 @@ a loss for the equation, one for the initial values and one for the boundary; th
 has its own batch. The network is of 609 and of 643 parameters, float64: small, to fit two cores.
 
 The first-order methods draw new points for each of 2,000 steps, combine the gradients of the three
-losses and hand them to Adam, whose rate falls from 5e-3 along a cosine. `dcgd_center` of Hwang and
-Lim 2024 is `config` on two rows, the equation and the sum of its conditions; its projection is
-twice `dual_proj` on these. Gauss-Newton on Burgers takes 400 steps on 580 new points each, of
+losses and hand them to Adam, whose rate falls from 5e-3 along a cosine. DCGD of Hwang and Lim 2024
+takes two rows, the equation and the sum of its conditions: its center is `config` on these, its
+projection twice `dual_proj`, its average `dcgd`. Gauss-Newton on Burgers takes 400 steps on 580 new points each, of
 momentum 0.8, damping 1e-2, norm 1 at most and a rate that falls from 0.5; on the cavity 200 steps
 of Levenberg and Marquardt on 430 points that stay, 1,290 residuals. The error is the relative L2
 error against the reference.
 
-Recorded in ``experiments/results`` (``physics_informed.jsonl``, ``physics_informed.png``), three
-seeds, mean and standard error:
+Recorded in ``experiments/results/physics_informed``, three seeds, mean and standard error:
 
                        Burgers            cavity
     mean               0.524 ± 0.016      0.758 ± 0.040
