@@ -11,10 +11,10 @@ has its own batch. The network is of 609 and of 643 parameters, float64: small, 
 The first-order methods draw new points for each of 2,000 steps, combine the gradients of the three
 losses and hand them to Adam, whose rate falls from 5e-3 along a cosine. DCGD of Hwang and Lim 2024
 takes two rows, the equation and the sum of its conditions: its center is `config` on these, its
-projection twice `dual_proj`, its average `dcgd`. Gauss-Newton on Burgers takes 400 steps on 580 new points each, of
-momentum 0.8, damping 1e-2, norm 1 at most and a rate that falls from 0.5; on the cavity 200 steps
-of Levenberg and Marquardt on 430 points that stay, 1,290 residuals. The error is the relative L2
-error against the reference.
+projection twice `dual_proj`, its average `dcgd`. Gauss-Newton on Burgers takes 400 steps on 580 new
+points each, of momentum 0.8, damping 1e-2, norm 1 at most and a rate that falls from 0.5; on the
+cavity 200 steps of Levenberg and Marquardt on 430 points that stay, 1,290 residuals. The error is
+the relative L2 error against the reference.
 
 Recorded in ``experiments/results/physics_informed``, three seeds, mean and standard error:
 
