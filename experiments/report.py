@@ -11,7 +11,7 @@ which decide them from their records by the criteria in their ``claims``. Below 
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -83,15 +83,22 @@ def make_page(folder: Path) -> str:
     return "\n".join([*lines, *(line for part, _ in parts.values() for line in part)])
 
 
+def with_tables(page: str, tables: Iterable[tuple[str, Sequence[Sequence[str]]]]) -> str:
+    """Returns notes: their prose as it is, then tables: a title, and rows under a header."""
+    lines = [MARK]
+    for title, rows in tables:
+        lines += [f"**{title}**", "", *markdown(rows), ""]
+    return page.partition(MARK)[0] + "\n".join(lines)
+
+
 def make_notes(name: str, folder: Path) -> str:
     """Returns the notes of a study: their prose as it is, then its tables."""
     study = study_of(name)
-    prose = (folder / name / "notes.md").read_text().partition(MARK)[0]
-    lines = [MARK]
+    tables: list[tuple[str, Sequence[Sequence[str]]]] = []
     for command in study.commands:
         for table in study.report(folder / name, study.parse(command.split())).tables:
-            lines += [f"**{table.title}**", "", *markdown([table.header, *table.rows]), ""]
-    return prose + "\n".join(lines)
+            tables.append((table.title, [table.header, *table.rows]))
+    return with_tables((folder / name / "notes.md").read_text(), tables)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -168,6 +168,10 @@ WRONG = {
         lambda: update(jaxmtl.upgrad(), preference=jnp.ones(2)),
         r"preference of shape \(3,\)",
     ),
+    "a preference of other m for the mean": (
+        lambda: update(jaxmtl.linear_scalarization(), preference=jnp.ones(2)),
+        r"preference of shape \(3,\)",
+    ),
     # routes
     "no function": (lambda: jaxmtl.value_and_gramian(3), "pass the function itself"),
     "a scalar loss": (lambda: route(one), "jnp.stack"),

@@ -129,6 +129,24 @@ def test_skips_are_told(capsys):
         jaxmtl.apply_updates(PARAMS, PARAMS, on_skip="print")
 
 
+def test_skips_without_the_jacobian_are_told():
+    rule, optimizer, told = jaxmtl.upgrad(), optax.sgd(1.0), []
+    value_and_grad = jaxmtl.value_and_grad(lambda p, x: jnp.stack([p @ x, p @ x**2]), rule)
+
+    @jax.jit
+    def step(params, state, x):
+        (_, new), grads = value_and_grad(params, state, x)
+        updates, _ = optimizer.update(grads, optimizer.init(params))
+        return jaxmtl.apply_updates(params, updates, state=(state, new), on_skip=told.append), new
+
+    params, state = jnp.ones(2), rule.init(jnp.ones(2))
+    for x in (1.0, jnp.inf, 2.0, jnp.nan):
+        params, state = step(params, state, jnp.array([x, 1.0]))
+    jax.effects_barrier()
+    assert told == [1, 2]
+    assert jnp.all(jnp.isfinite(params))
+
+
 def test_monitor_names_everything_and_agrees_with_the_matrix(x64):
     given = jax.tree.map(lambda x: x.astype(jnp.float64), rows(3))
     matrix = np.concatenate([np.reshape(x, (M, -1)) for x in jax.tree.leaves(given)], 1)

@@ -32,6 +32,38 @@ def aggregate(aggregator, rows, **inputs):
     return step(rows, aggregator.init(params), params, **inputs)[0]
 
 
+# --- a preference for the weighted sum -----------------------------------------------------------
+
+
+def test_the_weighted_sum_takes_a_preference_at_run_time(precision):
+    r = np.array([0.4, 0.3, 0.2, 0.1])
+    rule = jaxmtl.linear_scalarization(num_tasks=4)
+    tolerance = {"rtol": 0, "atol": 16 * jnp.finfo(jnp.result_type(float)).eps}
+    later = aggregate(rule, ROWS, preference=jnp.asarray(r, float))
+    np.testing.assert_allclose(later, r @ ROWS, **tolerance)
+    np.testing.assert_array_equal(later, aggregate(jaxmtl.linear_scalarization(r), ROWS))
+    np.testing.assert_allclose(aggregate(rule, ROWS), ROWS.mean(0), **tolerance)
+    # Task 2 is absent: the others keep the total of 1 in proportion, 4 : 3 : 1.
+    mask = jnp.array([True, True, False, True])
+    absent = aggregate(rule, ROWS, preference=jnp.asarray(r, float), task_mask=mask)
+    np.testing.assert_allclose(absent, np.array([4, 3, 0, 1]) / 8 @ ROWS, **tolerance)
+
+
+def test_weights_of_the_construction_stay(x64):
+    """As of the heads in a partition, whose trunk alone follows the preference."""
+    ones = jaxmtl.linear_scalarization(jnp.ones(4))
+    found = aggregate(ones, ROWS, preference=jnp.array([1.0, 0, 0, 0]))
+    np.testing.assert_allclose(found, ROWS.sum(0), rtol=1e-14)
+
+
+def test_the_weighted_sum_takes_a_preference_without_the_jacobian(x64):
+    rule = jaxmtl.linear_scalarization()
+    step = jaxmtl.value_and_grad(lambda p: jnp.asarray(ROWS) @ p, rule)
+    preferences = jnp.eye(4)
+    found = jax.vmap(lambda r: step(jnp.ones(3), rule.init(jnp.ones(3)), preference=r)[1])
+    np.testing.assert_allclose(jax.jit(found)(preferences), ROWS, rtol=1e-14)
+
+
 # --- ridges -------------------------------------------------------------------------------------
 
 # TorchJD 0.18.0 in float64, with its default reg_eps of 1e-4 and with 1e-2, of ROWS.

@@ -6,7 +6,6 @@ solutions are read from files (``burgers_shock.mat``, ``ldc_Re100.mat``).
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.io
 
-NEAR = float(os.environ.get("NEAR", "1"))
 Params = list[dict[str, jax.Array]]
 Batch = dict[str, tuple[jax.Array, jax.Array]]  # by condition: points (b, 2) and targets (b, q)
 

@@ -53,7 +53,7 @@ def losses_fn(params: Any, batch: Any) -> dict[str, jax.Array]:
     }
 
 
-def train(aggregator: jaxmtl.Aggregator) -> tuple[float, float, float]:
+def train(aggregator: jaxmtl.Aggregator, steps: int = STEPS) -> tuple[float, float, float]:
     """Returns the accuracies of digit and domain, and how often the trunk's rows conflicted."""
     data = load()
     shapes = {"trunk": (64, HIDDEN), "digit": (HIDDEN, 10), "domain": (HIDDEN, 16)}
@@ -67,7 +67,7 @@ def train(aggregator: jaxmtl.Aggregator) -> tuple[float, float, float]:
     heads = jaxmtl.linear_scalarization(jnp.ones(2))
     groups = optax.partition({"trunk": aggregator, "heads": heads}, labels)
     optimizer = optax.chain(groups, optax.adam(3e-3))
-    index = jax.random.randint(keys[0], (STEPS, 64), 0, 1500)
+    index = jax.random.randint(keys[0], (steps, 64), 0, 1500)
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
@@ -86,13 +86,13 @@ def train(aggregator: jaxmtl.Aggregator) -> tuple[float, float, float]:
     return float(right), float(known), float(jnp.mean(conflicts))
 
 
-def main() -> None:
+def main(steps: int = STEPS) -> None:
     """Prints both accuracies for the sum, as in domain-adversarial training, and for UPGrad."""
     print("trunk by     digit right   domain found (half is chance)   steps in conflict")
     rules = {"sum": jaxmtl.linear_scalarization(jnp.ones(2)), "upgrad": jaxmtl.upgrad()}
     found = []
     for name, rule in rules.items():
-        right, known, conflict = train(rule)
+        right, known, conflict = train(rule, steps)
         found.append(known)
         print(f"{name:10} {100 * right:11.1f} %   {100 * known:27.1f} %   {100 * conflict:15.0f} %")
     hidden = [name for name, known in zip(rules, found, strict=True) if known < 0.6]

@@ -39,30 +39,32 @@ def show(step: Any, log: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    """Trains once and prints every fiftieth step."""
+def main(steps: int = STEPS, every: int = EVERY) -> None:
+    """Trains once, prints every fiftieth step, and says how often rows conflicted."""
     key, data_key = jax.random.split(jax.random.key(0))
     params = problem.initial_params(key)
-    batches = problem.draw_batches(problem.load_data(), data_key, STEPS)
+    batches = problem.draw_batches(problem.load_data(), data_key, steps)
     optimizer = optax.chain(jaxmtl.upgrad(num_tasks=len(TASKS)), optax.adam(1e-2))
     jaxmtl.check(optimizer, params, num_tasks=len(TASKS))
 
-    def step(carry: Any, inputs: tuple[jax.Array, problem.Batch]) -> tuple[Any, None]:
+    def step(carry: Any, inputs: tuple[jax.Array, problem.Batch]) -> tuple[Any, jax.Array]:
         (params, state), (i, batch) = carry, inputs
         losses, jacobian = jaxmtl.value_and_jacobian(losses_fn)(params, batch)
         updates, new = optimizer.update(jacobian, state, params, losses=losses)
         log = jaxmtl.monitor(jacobian=jacobian, updates=updates, losses=losses, state=new)
         jax.lax.cond(
-            i % EVERY == 0, lambda: jax.debug.callback(show, i, log, ordered=True), lambda: None
+            i % every == 0, lambda: jax.debug.callback(show, i, log, ordered=True), lambda: None
         )
         params = jaxmtl.apply_updates(params, updates, state=(state, new), on_skip="print")
-        return (params, new), None
+        return (params, new), log["conflict_rate"]
 
     carry = (params, optimizer.init(params))
-    jax.block_until_ready(
-        jax.jit(lambda c, x: jax.lax.scan(step, c, x))(carry, (jnp.arange(STEPS), batches))
-    )
+    run = jax.jit(lambda c, x: jax.lax.scan(step, c, x))
+    _, rates = jax.block_until_ready(run(carry, (jnp.arange(steps), batches)))
     jax.effects_barrier()
+    share = 100 * jnp.mean(rates > 0)
+    worth = "a rule against conflicts has work to do" if share > 10 else "equal weights will do"
+    print(f"Rows conflicted in {share:.0f} % of the steps: {worth}.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Physics-informed networks: conflicting conditions by first-order methods, and by Gauss-Newton.
 
     python -m experiments.examples.physics_informed --data-dir DIR              # one seed
-    python -m experiments.examples.physics_informed --data-dir DIR --seeds 3 --out DIR   # recorded
+    python -m experiments.examples.physics_informed --data-dir DIR --seeds 5 --out OUT   # recorded
 
 DIR holds the reference solutions ``burgers_shock.mat`` and ``ldc_Re100.mat``. Burgers' equation has
 a loss for the equation, one for the initial values and one for the boundary; the lid-driven cavity
@@ -9,15 +9,14 @@ a loss for the equation, one for the initial values and one for the boundary; th
 has its own batch. The network is of 609 and of 643 parameters, float64: small, to fit two cores.
 
 The first-order methods draw new points for each of 2,000 steps, combine the gradients of the three
-losses and hand them to Adam, whose rate falls from 5e-3 along a cosine. `dcgd_center` of Hwang and
-Lim 2024 is `config` on two rows, the equation and the sum of its conditions; its projection is
-twice `dual_proj` on these. Gauss-Newton on Burgers takes 400 steps on 580 new points each, of
-momentum 0.8, damping 1e-2, norm 1 at most and a rate that falls from 0.5; on the cavity 200 steps
-of Levenberg and Marquardt on 430 points that stay, 1,290 residuals. The error is the relative L2
-error against the reference.
+losses and hand them to Adam, whose rate falls from 5e-3 along a cosine. DCGD of Hwang and Lim 2024
+takes two rows, the equation and the sum of its conditions: its center is `config` on these, its
+projection twice `dual_proj`, its average `dcgd`. Gauss-Newton on Burgers takes 400 steps on 580 new
+points each, of momentum 0.8, damping 1e-2, norm 1 at most and a rate that falls from 0.5; on the
+cavity 200 steps of Levenberg and Marquardt on 430 points that stay, 1,290 residuals. The error is
+the relative L2 error against the reference.
 
-Recorded in ``experiments/results`` (``physics_informed.jsonl``, ``physics_informed.png``), three
-seeds, mean and standard error:
+Recorded in ``experiments/results/physics_informed``, three seeds, mean and standard error:
 
                        Burgers            cavity
     mean               0.524 ± 0.016      0.758 ± 0.040
@@ -50,6 +49,7 @@ from matplotlib.figure import Figure
 import jaxmtl
 from experiments.examples import _pinn
 from experiments.examples._pinn import Equation, Params, Reference
+from experiments.report import with_tables
 
 COUNTS = {
     "Burgers": {"equation": 480, "initial": 60, "boundary": 40},
@@ -65,8 +65,21 @@ METHODS: dict[str, Callable[[], jaxmtl.Aggregator]] = {
     "mgda": jaxmtl.mgda,
     "dcgd_center": jaxmtl.config,
     "dcgd_projection": jaxmtl.dual_proj,
+    "dcgd_average": jaxmtl.dcgd,
 }
 SOLVERS = (*METHODS, "gauss_newton")
+
+# Of the curves: a color and a dash for each, the three forms of DCGD in one color.
+STYLES: dict[str, dict[str, Any]] = {
+    "mean": {"color": "black", "ls": "-"},
+    "upgrad": {"color": "#0072B2", "ls": "--"},
+    "config": {"color": "#009E73", "ls": "-"},
+    "mgda": {"color": "#999999", "ls": "-"},
+    "dcgd_center": {"color": "#E69F00", "ls": "-"},
+    "dcgd_projection": {"color": "#E69F00", "ls": "--"},
+    "dcgd_average": {"color": "#E69F00", "ls": ":"},
+    "gauss_newton": {"color": "#D00000", "ls": "-", "lw": 2.5},
+}
 
 Step = Callable[[Params, Any, jax.Array], tuple[Params, Any]]
 
@@ -147,18 +160,42 @@ def train(
 # --- table and figure ---------------------------------------------------------------------------
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Returns the mean of the last errors and its standard error, a row per method."""
     problems = list(dict.fromkeys(record["problem"] for record in records))
-    lines = [f"{'relative L2 error':17}" + "".join(f"{name:>22}" for name in problems)]
-    for method in SOLVERS:
-        cells = []
+    rows = [["method", *problems]]
+    for method in dict.fromkeys(record["method"] for record in records):
+        rows.append([method])
         for name in problems:
             last = [r["errors"] for r in records if (r["problem"], r["method"]) == (name, method)]
             values = np.array(last)[0, :, -1]
             spread = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-            cells.append(f"{np.mean(values):12.4f} ± {spread:.4f}".rjust(22))
-        lines.append(f"{method:17}" + "".join(cells))
+            rows[-1].append(f"{np.mean(values):.4f} ± {spread:.4f}")
+    return rows
+
+
+def conclude(records: Sequence[dict[str, Any]]) -> str:
+    """Returns for each problem which methods differ from the mean by two standard errors.
+
+    The differences are those of pairs of runs from the same start. Of one seed: the lowest.
+    """
+    lines = []
+    for problem in dict.fromkeys(record["problem"] for record in records):
+        last = {
+            r["method"]: np.array(r["errors"])[:, -1] for r in records if r["problem"] == problem
+        }
+        if len(last["mean"]) == 1:
+            _, best = min((errors[0], method) for method, errors in last.items())
+            lines.append(f"{problem}: from this one start {best} ends lowest.")
+            continue
+        found: dict[str, list[str]] = {"better": [], "worse": []}
+        for method, errors in last.items():
+            gaps = errors - last["mean"]
+            spread = np.std(gaps, ddof=1) / np.sqrt(len(gaps))
+            if method != "mean" and abs(np.mean(gaps)) > 2 * spread:
+                found["better" if np.mean(gaps) < 0 else "worse"].append(method)
+        better, worse = (", ".join(found[word]) or "none" for word in ("better", "worse"))
+        lines.append(f"{problem}: better than the mean {better}; worse {worse}.")
     return "\n".join(lines)
 
 
@@ -169,21 +206,23 @@ def draw(
     path: Path,
 ) -> None:
     """Saves a figure: a row per problem of errors on the way, reference and two solutions."""
-    figure = Figure(figsize=(13, 3.1 * len(problems)), layout="constrained")
+    figure = Figure(figsize=(14, 3.3 * len(problems)), layout="constrained")
+    grid = figure.add_gridspec(len(problems), 4, width_ratios=[1.7, 1, 1, 1])
     for row, (name, (equation, reference)) in enumerate(problems.items()):
-        axes = [figure.add_subplot(len(problems), 4, 4 * row + i + 1) for i in range(4)]
-        for record in records:
-            if record["problem"] == name:
-                errors = np.median(record["errors"], axis=0)
-                axes[0].semilogy(np.linspace(0, 1, POINTS), errors, label=record["method"])
+        axes = [figure.add_subplot(grid[row, column]) for column in range(4)]
+        shown = [record for record in records if record["problem"] == name]
+        for record in shown:
+            median = np.median(record["errors"], axis=0)
+            style = STYLES[record["method"]]
+            axes[0].semilogy(np.linspace(0, 1, POINTS), median, label=record["method"], **style)
         axes[0].set(xlabel="share of the steps", ylabel="relative L2 error, median", title=name)
-        axes[0].legend(fontsize=6)
+        axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)
         fields = {"reference": reference.values}
-        for method in ("mean", "gauss_newton"):
+        for method in (shown[0]["method"], shown[-1]["method"]):
             fields[method] = equation.solution(trained[name, method], reference.points)
         across, along = reference.points[:, 0], reference.points[:, 1]
         extent: Any = [float(f(axis)) for axis in (along, across) for f in (jnp.min, jnp.max)]
-        for axis, (title, values) in zip(axes[1:], fields.items(), strict=True):
+        for axis, (title, values) in zip(axes[1:], fields.items(), strict=False):
             field = np.asarray(values)[:, 0].reshape(reference.shape)
             if name == "cavity":
                 field = field.T  # height upwards
@@ -199,8 +238,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="the reference solutions")
     parser.add_argument("--steps", type=int, default=2000, help="of the first-order methods")
+    parser.add_argument("--problems", nargs="+", choices=COUNTS, default=list(COUNTS))
+    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=SOLVERS)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for records and the figure")
+    parser.add_argument("--out", type=Path, help="results go to its folder physics_informed")
     options = parser.parse_args(argv)
     if options.steps % (10 * POINTS):
         parser.error(f"expected steps in multiples of {10 * POINTS}, got {options.steps}")
@@ -211,9 +252,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = {
             name: (equation, _pinn.load_reference(equation, options.data_dir))
             for name, equation in equations.items()
+            if name in options.problems
         }
         for name, (equation, reference) in problems.items():
-            for method in SOLVERS:
+            for method in dict.fromkeys(("mean", *options.methods)):  # what others are beside
 
                 def run(
                     key: jax.Array, e: Any = equation, r: Any = reference, m: str = method
@@ -225,12 +267,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 errors = np.round(np.asarray(errors), 6).tolist()
                 records.append({"problem": name, "method": method, "errors": errors})
                 print(name, method, *(f"{curve[-1]:.4f}" for curve in errors), flush=True)
-        print(table(records))
+        for row in table(records):
+            print("".join(f"{cell:>20}" for cell in row))
+        print(conclude(records))
         if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
+            folder = options.out / "physics_informed"
+            folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(record) + "\n" for record in records)
-            (options.out / "physics_informed.jsonl").write_text(lines)
-            draw(problems, records, trained, options.out / "physics_informed.png")
+            (folder / "errors.jsonl").write_text(lines)
+            draw(problems, records, trained, folder / "errors.png")
+            notes = folder / "notes.md"
+            title = f"Relative L2 errors, {options.seeds} seeds, mean and standard error"
+            prose = notes.read_text() if notes.exists() else ""
+            notes.write_text(
+                with_tables(prose, [(title, table(records))]) + conclude(records) + "\n"
+            )
 
 
 if __name__ == "__main__":

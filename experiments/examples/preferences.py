@@ -51,7 +51,7 @@ STEPS, RATE, NUM_PREFERENCES, CLOSE = 1000, 1e-2, 21, 0.05
 # What each does with a preference r: the first two read losses, the others the Gramian.
 RULES: dict[str, Callable[[], jaxmtl.Aggregator]] = {
     # Minimises sum_i r_i l_i, of which a concave front has only the ends.
-    "weighted sum": lambda: jaxmtl.from_weighting(lambda preference: preference),
+    "weighted sum": jaxmtl.linear_scalarization,
     "stch": lambda: jaxmtl.stch(0.01),
     "pbi": jaxmtl.pbi,
     "epo": jaxmtl.epo,

@@ -20,7 +20,8 @@ def linear_scalarization(
     compared with.
 
     Args:
-      weights: (m,) finite weights of any sign, or None for 1/m each.
+      weights: (m,) finite weights of any sign, which stay; or None for those that
+        ``update(..., preference=)`` brings, 1/m each without.
       num_tasks: m; if given the state logs ``mtl_weights``.
 
     Returns:
@@ -41,11 +42,19 @@ def linear_scalarization(
     >>> mean = jaxmtl.linear_scalarization()
     >>> print(mean.update(jacobian, mean.init(params), params)[0])
     [0.5 1. ]
+    >>> preference = jnp.array([3.0, 1.0])
+    >>> print(mean.update(jacobian, mean.init(params), params, preference=preference)[0])
+    [3. 2.]
     """
     vector = checks.check_vector("weights", weights, num_tasks, sign="any")
 
-    def weigh(task_mask: jax.Array, m: int, dtype: jnp.dtype) -> jax.Array:
-        checks.check_tasks(m, None if vector is None else vector.size, "weights")
+    def weigh(
+        preference: jax.Array | None, task_mask: jax.Array, m: int, dtype: jnp.dtype
+    ) -> jax.Array:
+        if vector is None:
+            return tasks.shares(preference, task_mask, dtype)
+        # Fixed: the heads of a partition keep theirs while its trunk follows a preference.
+        checks.check_tasks(m, vector.size, "weights")
         return tasks.shares(vector, task_mask, dtype)
 
     aggregator = base.from_weighting(weigh, num_tasks=num_tasks)
