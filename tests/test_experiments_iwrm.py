@@ -21,7 +21,7 @@ from experiments.iwrm import __main__ as iwrm  # noqa: E402
 from experiments.iwrm import networks, search, train  # noqa: E402
 from experiments.iwrm import report as iwrm_report  # noqa: E402
 from experiments.study import append_records  # noqa: E402
-from tests.problems import flat_rows
+from tests.problems import flat_rows  # noqa: E402
 
 
 def linear_loss(params, example):

@@ -33,7 +33,7 @@ from experiments.tabular.networks import MixtureOfExperts, SharedBottom  # noqa:
 from experiments.tabular.report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
 from experiments.tabular.train import area_under_curve, draw_order, relative_error  # noqa: E402
 from tests import methods as conformance  # noqa: E402
-from tests.problems import flat_rows
+from tests.problems import flat_rows  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("tabular")
 

@@ -33,7 +33,7 @@ def test_norms_and_clipped_sums_are_those_of_the_gradients(kind, precision):
         bound = jnp.median(lengths)  # so that some are clipped and some are not
         _, clipped = jaxmtl.clipped_sum(loss, bound, in_axes=in_axes)(params, *args)
         expected = jnp.minimum(1, bound / lengths) @ rows
-        pairs = (flat(pullback(weights)), weights @ rows), (flat_rows(clipped, 0), expected)
+        pairs = (flat_rows(pullback(weights), 0), weights @ rows), (flat_rows(clipped, 0), expected)
         return (losses, jax.vmap(loss, in_axes)(params, *args)), (norms, lengths), *pairs
 
     tolerance = 1e-12 if precision == "float64" else 3e-5
