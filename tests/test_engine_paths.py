@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from experiments.operations import count
 from jaxmtl import linear_scalarization
 from jaxmtl.engine import value_and_grad, value_and_gramian
-from tests.operations import count
 from tests.problems import flat_rows
 
 
