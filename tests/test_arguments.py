@@ -11,6 +11,7 @@ import pytest
 from jaxmtl import linear_scalarization
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 from jaxmtl.jacobian import value_and_jacobian
+from tests.problems import flat_rows
 
 Pair = collections.namedtuple("Pair", "x y")
 N = 4
@@ -57,7 +58,7 @@ def check(fun, params, args, in_axes, kwargs=None):
     """Compare the three routes with one gradient after the other."""
     kwargs = kwargs or {}
     losses, rows = one_by_one(fun, params, args, in_axes, kwargs)
-    flat = np.stack([np.concatenate([np.ravel(x) for x in jax.tree.leaves(row)]) for row in rows])
+    flat = np.stack([flat_rows(row, 0) for row in rows])
     weights = normal(7, len(losses))
     expected = jax.tree.map(lambda *x: np.tensordot(weights, np.stack(x), 1), *rows)
 
@@ -143,7 +144,7 @@ def test_parameters_that_each_example_owns_stay_out_of_the_gramian(flags, x64):
     _, jacobian = value_and_jacobian(heads, in_axes=in_axes)(params, *args)
     _, gramian, pullback = jax.jit(fun)(params, *args)
     side = "trunk" if flags[0] else "head"
-    rows = np.concatenate([x.reshape(N, -1) for x in jax.tree.leaves(jacobian[side])], 1)
+    rows = flat_rows(jacobian[side])
     np.testing.assert_allclose(gramian, rows @ rows.T, rtol=1e-12)
     weights, others = normal(6, N), normal(7, N)
     for name, w in ((side, weights), ("head" if flags[0] else "trunk", others)):

@@ -10,30 +10,11 @@ import optax
 import pytest
 
 import jaxmtl
-from tests.methods import BY_NAME, INPUTS, METHODS
+from tests.methods import BY_NAME, METHODS
+from tests.problems import flat, inputs_of, params_of, rows_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
 WEIGHTED = [method.name for method in METHODS if method.weighted]
-PARAMS = {"a": (2, 3), "b": (), "c": (0,), "d": (1,)}
-
-
-def params_of(dtype=None):
-    return {name: jnp.zeros(shape, dtype or float) for name, shape in PARAMS.items()}
-
-
-def rows_of(matrix, dtype=None):
-    """Splits the columns of an (m, 8) matrix over the leaves of `PARAMS`."""
-    leaves, start = {}, 0
-    for name, shape in PARAMS.items():
-        size = int(np.prod(shape))
-        block = np.asarray(matrix)[:, start : start + size]
-        leaves[name] = jnp.asarray(block.reshape((len(matrix), *shape)), dtype or float)
-        start += size
-    return leaves
-
-
-def flat(update):
-    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(update)])
 
 
 def matrix_of(m, seed=0, kind="generic"):
@@ -42,10 +23,6 @@ def matrix_of(m, seed=0, kind="generic"):
     if kind == "conflict":
         matrix -= 0.9 * matrix.mean(0)
     return matrix
-
-
-def tasks_of(name):
-    return max(3, BY_NAME[name].min_tasks)
 
 
 @functools.cache
@@ -67,15 +44,6 @@ def compiled(name, m, x64):
 
 def get(name, m):
     return compiled(name, m, jax.config.jax_enable_x64)
-
-
-def inputs_of(name, m, tasks=slice(None)):
-    """Losses and whatever else a method reads, of m tasks or of those at ``tasks``."""
-    inputs = {"losses": INPUTS["losses"](m)[tasks]}
-    for key in BY_NAME[name].inputs:
-        value = INPUTS[key](m)[tasks]
-        inputs[key] = value[:, tasks] if value.ndim == 2 else value
-    return inputs
 
 
 def run(name, matrix, state=None, mask=None, inputs=None):

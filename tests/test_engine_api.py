@@ -7,6 +7,7 @@ import pytest
 
 from jaxmtl import base, linear_scalarization, trimmed_mean
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from tests.problems import flat_rows
 
 
 def normal(seed, *shape):
@@ -44,12 +45,6 @@ def example_loss(params, x):
     return jnp.sum(task_losses(params, x[None]))
 
 
-def flat(jacobian):
-    return np.concatenate(
-        [np.reshape(x, (x.shape[0], -1)) for x in jax.tree.leaves(jacobian)], axis=1
-    )
-
-
 def assert_close(x, y, tolerance=1e-12):
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b), initial=1e-30))
@@ -65,7 +60,7 @@ def test_tasks_equal_the_jacobian_for_every_chunk_size(chunk_size, x64):
     losses, gramian, pullback = fun(params, x)
     jacobian = jax.jacrev(task_losses)(params, x)
     assert_close(losses, task_losses(params, x))
-    assert_close(gramian, flat(jacobian) @ flat(jacobian).T)
+    assert_close(gramian, flat_rows(jacobian) @ flat_rows(jacobian).T)
     assert np.array_equal(gramian, gramian.T)
     weights = normal(10, M)
     assert_close(pullback(weights), jax.tree.map(lambda j: jnp.tensordot(weights, j, 1), jacobian))
@@ -91,7 +86,7 @@ def test_tasks_without_forward_mode_contract_rows(x64):
     assert "1 at a time" in explain(lambda p, x: task_losses(p, _less_gradient(x)), params, x)
     _, gramian, pullback = value_and_gramian(losses_fn)(params, x)
     jacobian = jax.jacrev(losses_fn)(params, x)
-    assert_close(gramian, flat(jacobian) @ flat(jacobian).T)
+    assert_close(gramian, flat_rows(jacobian) @ flat_rows(jacobian).T)
     assert_close(pullback(jnp.ones(M)), jax.tree.map(lambda j: jnp.sum(j, 0), jacobian))
 
 
@@ -107,7 +102,7 @@ def test_encoder_gives_the_gramian_of_the_features(x64):
     losses, gramian, pullback = jax.jit(value_and_gramian(head_losses, encoder=encode))(params, x)
     of_features = jax.jacrev(lambda z: head_losses(params, z))(encode(params, x))
     assert_close(losses, task_losses(params, x))
-    assert_close(gramian, flat(of_features) @ flat(of_features).T)
+    assert_close(gramian, flat_rows(of_features) @ flat_rows(of_features).T)
     weights = normal(10, M)
     expected = jax.grad(lambda p: weights @ task_losses(p, x))(params)
     assert_close(pullback(weights), expected)
@@ -132,7 +127,7 @@ def test_heads_stay_out_of_the_gramian(route, shared, x64):
         fun, options["encoder"] = head_losses, encode
     losses, gramian, pullback = jax.jit(value_and_gramian(fun, **options))(params, x)
     if route != "encoder":
-        assert_close(gramian, flat(jacobian["trunk"]) @ flat(jacobian["trunk"]).T)
+        assert_close(gramian, flat_rows(jacobian["trunk"]) @ flat_rows(jacobian["trunk"]).T)
     weights, heads = normal(10, *losses.shape), normal(11, *losses.shape)
     for h, grads in ((jnp.ones_like(heads), pullback(weights)), (heads, pullback(weights, heads))):
         assert_close(
@@ -153,7 +148,7 @@ def test_shared_and_not_shared_parameters_in_one_use(x64):
     fun = value_and_gramian(loss, in_axes=(None, 0), shared={"a": True, "b": False})
     _, gramian, pullback = jax.jit(fun)(params, x)
     jacobian = jax.vmap(jax.grad(loss), (None, 0))(params, x)
-    assert_close(gramian, flat(jacobian["a"]) @ flat(jacobian["a"]).T)
+    assert_close(gramian, flat_rows(jacobian["a"]) @ flat_rows(jacobian["a"]).T)
     grads = pullback(jnp.zeros(6))
     assert_close(grads["b"], jnp.sum(jacobian["b"], 0))
     assert not np.any(grads["a"])
@@ -188,18 +183,18 @@ def test_cross_gramian(route, x64):
     params, first, second = parameters(), normal(9, 8, 4), normal(10, 3, 4)
     if route == "tasks":
         found = jax.jit(cross_gramian(task_losses, chunk_size=2))(params, (first,), (second,))
-        rows = [flat(jax.jacrev(task_losses)(params, x)) for x in (first, second)]
+        rows = [flat_rows(jax.jacrev(task_losses)(params, x)) for x in (first, second)]
     elif route == "examples":
         fun = cross_gramian(example_loss, in_axes=(None, 0))
         found = jax.jit(fun)(params, (first,), (second,))
         per_example = jax.vmap(jax.grad(example_loss), (None, 0))
-        rows = [flat(per_example(params, x)) for x in (first, second)]
+        rows = [flat_rows(per_example(params, x)) for x in (first, second)]
     else:
         second = normal(10, 8, 4)
         fun = cross_gramian(head_losses, encoder=encode)
         found = jax.jit(fun)(params, (first,), (second,))
         rows = [
-            flat(jax.jacrev(lambda z: head_losses(params, z))(encode(params, x)))
+            flat_rows(jax.jacrev(lambda z: head_losses(params, z))(encode(params, x)))
             for x in (first, second)
         ]
     assert_close(found, rows[0] @ rows[1].T)

@@ -10,16 +10,13 @@ from jax import lax
 
 from jaxmtl import from_weighting, linear_scalarization, upgrad, value_and_jacobian
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from tests.problems import flat_rows
 
 N = 3
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.result_type(float))
-
-
-def flat(tree, lead=1):
-    return np.concatenate([x.reshape(*x.shape[:lead], -1) for x in jax.tree.leaves(tree)], lead)
 
 
 @jax.custom_vjp
@@ -205,13 +202,13 @@ def test_rows_are_those_of_vmap_grad(name, x64):
         return expected, found
 
     (losses, rows), found = jax.jit(everything)(params, x)
-    rows = flat(rows)
+    rows = flat_rows(rows)
     for *values, grads in found:
         if values:
             np.testing.assert_allclose(values[0], losses, rtol=1e-13)
             scale = np.max(np.abs(rows @ rows.T))
             np.testing.assert_allclose(values[1], rows @ rows.T, atol=1e-12 * scale)
-        error = np.max(np.abs(flat(grads, 0) - weights @ rows))
+        error = np.max(np.abs(flat_rows(grads, 0) - weights @ rows))
         assert error <= 1e-12 * np.max(np.abs(rows))
 
 
@@ -263,9 +260,9 @@ def compare(loss, params, x):
         return rows, gramian, pullback(weights)
 
     rows, gramian, grads = jax.jit(both)(params, x)
-    rows = flat(rows)
+    rows = flat_rows(rows)
     assert np.max(np.abs(gramian - rows @ rows.T)) <= 1e-12 * np.max(np.abs(gramian))
-    assert np.max(np.abs(flat(grads, 0) - weights @ rows)) <= 1e-12 * np.max(np.abs(rows))
+    assert np.max(np.abs(flat_rows(grads, 0) - weights @ rows)) <= 1e-12 * np.max(np.abs(rows))
 
 
 @pytest.mark.parametrize("kind", ["params", "features"])
@@ -283,8 +280,8 @@ def test_an_encoder_with_a_backward_pass_that_is_not_linear(kind, x64):
     _, _, pullback = jax.jit(value_and_gramian(heads, encoder=encode))(params, x)
     units = jnp.eye(N)
     _, pull = jax.vjp(lambda p: heads(p, encode(p, x), x), params)
-    rows = flat(jax.vmap(lambda u: pull(u)[0])(units))
-    np.testing.assert_allclose(flat(pullback(weights), 0), weights @ rows, rtol=1e-12)
+    rows = flat_rows(jax.vmap(lambda u: pull(u)[0])(units))
+    np.testing.assert_allclose(flat_rows(pullback(weights), 0), weights @ rows, rtol=1e-12)
 
 
 # --- what holds memory down -------------------------------------------------------------------
@@ -337,7 +334,7 @@ def test_two_batches_row_against_row(x64):
     pull = jax.jit(
         jax.vmap(lambda u, x: jax.vjp(lambda p: losses(p, x), params)[1](u)[0], (0, None))
     )
-    rows = [flat(pull(jnp.eye(M), batch)) for batch in (x, 2 * x)]
+    rows = [flat_rows(pull(jnp.eye(M), batch)) for batch in (x, 2 * x)]
     for chunk_size in (None, 5):
         found = jax.jit(cross_gramian(losses, chunk_size=chunk_size))(params, (x,), (2 * x,))
         np.testing.assert_allclose(found, rows[0] @ rows[1].T, rtol=1e-12)
@@ -397,7 +394,7 @@ def test_losses_of_extreme_size_give_the_step_of_the_jacobian(route, factor):
             losses, jacobian = value_and_jacobian(fun, **jacobian_options)(*wide)
             expected, _ = rule.update(jacobian, rule.init(wide[0]), wide[0], losses=losses)
     scale = max(np.max(np.abs(x)) for x in jax.tree.leaves(expected))
-    assert np.max(np.abs(flat(grads, 0) - flat(expected, 0))) <= 2e-4 * scale
+    assert np.max(np.abs(flat_rows(grads, 0) - flat_rows(expected, 0))) <= 2e-4 * scale
 
 
 @jax.custom_vjp
@@ -439,7 +436,9 @@ def test_under_the_flags_of_the_careful(flag):
             step = jax.jit(value_and_grad(fun, rule, **options))
             (losses, _), grads = step(params, rule.init(params), *args)
             expected = jax.grad(lambda p: jnp.mean(tasks(p, *args)))(params)
-            np.testing.assert_allclose(flat(grads, 0), flat(expected, 0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                flat_rows(grads, 0), flat_rows(expected, 0), rtol=1e-4, atol=1e-6
+            )
             assert losses.shape == (N,)
     finally:
         jax.config.update(flag, before)

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxmtl.engine import explain, value_and_gramian
+from tests.problems import flat_rows
 
 
 class Block(nn.Module):
@@ -51,8 +52,8 @@ def compare(loss, params, x):
     def both(params, x):
         _, gramian, pullback = value_and_gramian(loss, in_axes=(None, 0))(params, x)
         jacobian = jax.vmap(jax.grad(loss), (None, 0))(params, x)
-        rows = jnp.concatenate([r.reshape(n, -1) for r in jax.tree.leaves(jacobian)], 1)
-        grads = jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(pullback(weights))])
+        rows = flat_rows(jacobian)
+        grads = flat_rows(pullback(weights), 0)
         return gramian, rows @ rows.T, grads, weights @ rows
 
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

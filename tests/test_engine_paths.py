@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from experiments.operations import count
 from jaxmtl import linear_scalarization
 from jaxmtl.engine import value_and_grad, value_and_gramian
-from tests.operations import count
+from tests.problems import flat_rows
 
 
 def normal(seed, *shape):
@@ -189,8 +190,8 @@ def compare(loss, params, args, tolerance=1e-12):
     def both(params, args):
         losses, gramian, pullback = value_and_gramian(loss, in_axes=in_axes)(params, *args)
         expected, rows = jax.vmap(jax.value_and_grad(loss), in_axes)(params, *args)
-        rows = jnp.concatenate([r.reshape(n, -1) for r in jax.tree.leaves(rows)], 1)
-        grads = jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(pullback(weights))])
+        rows = flat_rows(rows)
+        grads = flat_rows(pullback(weights), 0)
         return losses, expected, gramian, rows, grads
 
     losses, expected, gramian, rows, grads = jax.jit(both)(params, args)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from jaxmtl.engine import value_and_gramian
+from tests.problems import flat_rows
 
 T, D = 2, 4  # every activation is (T, D), every matrix (D, D), so that any order of steps is valid
 NUM_LEAVES = {"matrix": 3, "vector": 2, "kernel": 2, "table": 1}
@@ -132,8 +133,8 @@ def check(steps, seed):
     def both(params, x, index):
         _, gramian, pullback = value_and_gramian(loss, in_axes=(None, 0, 0))(params, x, index)
         jacobian = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, index)
-        rows = jnp.concatenate([r.reshape(3, -1) for r in jax.tree.leaves(jacobian)], 1)
-        grads = jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(pullback(weights))])
+        rows = flat_rows(jacobian)
+        grads = flat_rows(pullback(weights), 0)
         return gramian, rows @ rows.T, grads, weights @ rows
 
     with jax.enable_x64(True):

@@ -25,6 +25,7 @@ from experiments.examples import (
 )
 from experiments.examples._named import by_task, stack_losses
 from experiments.examples._problem import Batch
+from tests.problems import flat_rows
 
 ROOT = Path(__file__).parents[1]
 TASKS = _problem.TASKS
@@ -71,7 +72,7 @@ def test_logged_weights_are_those_of_the_trunk_at_the_scheduled_radius(logs):
     params, batches = _problem.draw_seeds(STEPS, SEEDS)
     start = jax.tree.map(lambda x: x[0], (params, Batch(*(x[:, 0] for x in batches))))
     losses, jacobian = jax.jit(jaxmtl.value_and_jacobian(plain_pytrees.losses_fn))(*start)
-    rows = np.concatenate([x.reshape(3, -1) for x in jax.tree.leaves(jacobian["trunk"])], axis=1)
+    rows = flat_rows(jacobian["trunk"])
     log = logs["plain"]
     np.testing.assert_allclose([log.losses[t][0, 0] for t in TASKS], losses, rtol=1e-6)
     weights = np.array([log.weights[task][0, 0] for task in TASKS])

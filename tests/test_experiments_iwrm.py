@@ -21,6 +21,7 @@ from experiments.iwrm import __main__ as iwrm  # noqa: E402
 from experiments.iwrm import networks, search, train  # noqa: E402
 from experiments.iwrm import report as iwrm_report  # noqa: E402
 from experiments.study import append_records  # noqa: E402
+from tests.problems import flat_rows  # noqa: E402
 
 
 def linear_loss(params, example):
@@ -138,14 +139,14 @@ def test_the_shared_program_takes_every_rules_own_step():
     key = jax.random.key(3)
     direction = jax.jit(train.weighted_direction(aggregators, linear_loss))
     losses, jacobian = jaxmtl.value_and_jacobian(linear_loss, in_axes=(None, 0))(params, batch)
-    rows = np.concatenate([np.asarray(x).reshape(6, -1) for x in jax.tree.leaves(jacobian)], 1)
+    rows = flat_rows(jacobian)
     for i, aggregator in enumerate(aggregators):
         found, update, similarity, _ = direction(i, params, states, batch, key)
         expected, _ = aggregator.update(
             jacobian, aggregator.init(params), params, losses=losses, key=key
         )
-        flat = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(expected)])
-        ours = np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(update)])
+        flat = flat_rows(expected, 0)
+        ours = flat_rows(update, 0)
         np.testing.assert_allclose(ours, flat, atol=1e-3 * np.abs(flat).max(), err_msg=weighted[i])
         mean = rows.mean(axis=0)
         cosine = flat @ mean / np.linalg.norm(flat) / np.linalg.norm(mean)
@@ -161,7 +162,7 @@ def test_the_rule_of_coordinates_takes_its_step_and_cosine():
     _, jacobian = jaxmtl.value_and_jacobian(linear_loss, in_axes=(None, 0))(params, batch)
     expected, _ = aggregator.update(jacobian, aggregator.init(params), params, key=key)
     flat, mean = (
-        np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(tree)])
+        flat_rows(tree, 0)
         for tree in (expected, jax.tree.map(lambda rows: rows.mean(axis=0), jacobian))
     )
     jax.tree.map(np.testing.assert_array_equal, update, expected)

@@ -33,6 +33,7 @@ from experiments.tabular.networks import MixtureOfExperts, SharedBottom  # noqa:
 from experiments.tabular.report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
 from experiments.tabular.train import area_under_curve, draw_order, relative_error  # noqa: E402
 from tests import methods as conformance  # noqa: E402
+from tests.problems import flat_rows  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("tabular")
 
@@ -390,11 +391,11 @@ def test_a_rule_moves_the_shared_parameters_and_tasks_move_their_own(problem):
     init, direction = make_direction(METHODS["mgda"], 2, 5, None)
     update, _ = direction(lambda p: losses_fn(p, rows), params, init(params), key=jax.random.key(0))
     jacobian = jax.jacrev(losses_fn)(params, rows)
-    flat = np.concatenate([leaf.reshape(2, -1) for leaf in jax.tree.leaves(jacobian["shared"])], 1)
+    flat = flat_rows(jacobian["shared"])
     a, b = flat  # the point of least norm on a segment, by hand
     share = np.clip(b @ (b - a) / ((a - b) @ (a - b)), 0, 1)
     expected = share * a + (1 - share) * b
-    ours = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(update["shared"])])
+    ours = flat_rows(update["shared"], 0)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
     own = jax.tree.map(lambda leaf: leaf.sum(axis=0), jacobian["towers"])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), update["towers"], own)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxmtl
+from tests.problems import flat_rows
 
 PARAMS = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
 M = 2
@@ -149,7 +150,7 @@ def test_skips_without_the_jacobian_are_told():
 
 def test_monitor_names_everything_and_agrees_with_the_matrix(x64):
     given = jax.tree.map(lambda x: x.astype(jnp.float64), rows(3))
-    matrix = np.concatenate([np.reshape(x, (M, -1)) for x in jax.tree.leaves(given)], 1)
+    matrix = flat_rows(given)
     aggregator = jaxmtl.upgrad(num_tasks=M)
     optimizer = optax.chain(aggregator, optax.adam(0.1))
     state = optimizer.init(PARAMS)
@@ -161,7 +162,7 @@ def test_monitor_names_everything_and_agrees_with_the_matrix(x64):
         return updates, jaxmtl.monitor(jacobian=given, updates=updates, losses=losses, state=state)
 
     updates, log = step(given, state)
-    u = np.concatenate([np.ravel(x) for x in jax.tree.leaves(updates)])
+    u = flat_rows(updates, 0)
     assert log["losses"] == {"a": 1.0, "b": 2.0}
     norms = np.linalg.norm(matrix, axis=1)
     np.testing.assert_allclose([log["norms"]["a"], log["norms"]["b"]], norms)

@@ -11,14 +11,11 @@ import pytest
 
 import jaxmtl
 from tests.methods import INPUTS, METHODS
+from tests.problems import params_of
 
 M, K, STEPS = 5, 3, 2
-PARAMS = {"w": (4,), "b": (), "empty": (0,)}
+SHAPES = {"w": (4,), "b": (), "empty": (0,)}
 QUICK = ("famo", "moco", "cr_mogm")
-
-
-def params_of(dtype=None):
-    return {name: jnp.ones(shape, dtype or float) for name, shape in PARAMS.items()}
 
 
 def losses_fn(params, batch):
@@ -61,10 +58,10 @@ def test_the_step_is_that_of_the_concatenated_batch(method, x64):
     whole = jax.tree.map(lambda x: x.reshape(STEPS, K * 2, -1), micro)
     flat = jax.tree.map(lambda x: x.reshape(STEPS * K, 2, -1), micro)
     expected, of_whole, inner = jax.jit(functools.partial(train, _chain(method), inputs))(
-        whole, params_of()
+        whole, params_of(SHAPES, fill=1)
     )
     params, updates, state = jax.jit(functools.partial(train, wrapped(method.make(M)), inputs))(
-        flat, params_of()
+        flat, params_of(SHAPES, fill=1)
     )
     assert float(jnp.max(jnp.abs(of_whole["w"][-1]))) > 0
     updates = jax.tree.map(lambda x: x.reshape(STEPS, K, *x.shape[1:]), updates)
@@ -99,7 +96,7 @@ def famo_step(x64, k=K):
 
 def micro_batch(seed, mask=None):
     rng = np.random.default_rng(seed)
-    rows = {name: rng.standard_normal((M, *shape)) for name, shape in PARAMS.items()}
+    rows = {name: rng.standard_normal((M, *shape)) for name, shape in SHAPES.items()}
     inputs = {
         "losses": rng.uniform(0.5, 2, M),
         "previous_batch_losses": rng.uniform(0.5, 2, M),
@@ -110,7 +107,7 @@ def micro_batch(seed, mask=None):
 
 def test_nothing_moves_in_between_and_the_state_keeps_its_form(x64):
     tx, step, traces = famo_step(True)
-    first = state = tx.init(params_of())
+    first = state = tx.init(params_of(SHAPES, fill=1))
     before = len(traces)
     for i in range(2 * K):
         updates, new = step(*_with_state(micro_batch(i), state))
@@ -144,7 +141,7 @@ def test_masks_are_honoured_exactly(x64):
             _column(seen, values[0])
         )
 
-    rows = {name: mean([b[0][name] for b in batches]) for name in PARAMS}
+    rows = {name: mean([b[0][name] for b in batches]) for name in SHAPES}
     inputs = {
         "losses": mean([b[1]["losses"] for b in batches]),
         "previous_batch_losses": np.mean([b[1]["previous_batch_losses"] for b in batches], 0),
@@ -152,9 +149,9 @@ def test_masks_are_honoured_exactly(x64):
     }
     inner = optax.chain(jaxmtl.famo(num_tasks=M), optax.adam(0.1))
     expected, inner_state = jax.jit(inner.update)(
-        rows, inner.init(params_of()), params_of(), **inputs
+        rows, inner.init(params_of(SHAPES, fill=1)), params_of(SHAPES, fill=1), **inputs
     )
-    state = tx.init(params_of())
+    state = tx.init(params_of(SHAPES, fill=1))
     for rows, extra in batches:
         for x in (*rows.values(), extra["losses"]):
             x[~extra["task_mask"]] = np.nan
@@ -171,7 +168,7 @@ def _column(values, like):
 @pytest.mark.parametrize("where", ["rows", "losses"])
 def test_a_non_finite_micro_batch_leaves_no_trace_but_a_count(where, x64):
     tx, step, _ = famo_step(True)
-    _, state = step(*_with_state(micro_batch(0), tx.init(params_of())))
+    _, state = step(*_with_state(micro_batch(0), tx.init(params_of(SHAPES, fill=1))))
     rows, inputs = micro_batch(1)
     (rows["w"] if where == "rows" else inputs["losses"])[1] = np.inf
     updates, after = step(rows, state, inputs)
@@ -200,7 +197,7 @@ def test_accumulators_never_overflow():
 def test_losses_of_previous_batches_may_be_unknown(x64):
     """Non-finite where the task was absent; FAMO ignores all at its first step."""
     tx, step, _ = famo_step(True, 2)
-    state = tx.init(params_of())
+    state = tx.init(params_of(SHAPES, fill=1))
     for i in range(2):
         rows, inputs = micro_batch(i)
         inputs["previous_batch_losses"][:] = np.nan
@@ -336,7 +333,7 @@ def test_the_count_goes_to_every_counter_of_the_chain():
 def test_without_the_jacobian_the_losses_loop_over_micro_batches(x64):
     batches = data(batches=(K,))
     whole = jax.tree.map(lambda x: x.reshape(K * 2, -1), batches)
-    params, rule = params_of(), jaxmtl.upgrad()
+    params, rule = params_of(SHAPES, fill=1), jaxmtl.upgrad()
 
     def looped(params, batches):
         micro = jax.checkpoint(functools.partial(losses_fn, params))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import jaxmtl
 from tests import test_engine, test_engine_random
+from tests.problems import flat_rows
 from tests.test_engine import compiled, normal
 
 KINDS = ["mlp", "transposed_layouts", "sequence", "conv_net"]
@@ -16,12 +17,7 @@ KINDS = ["mlp", "transposed_layouts", "sequence", "conv_net"]
 
 def explicit(loss, params, *args, in_axes):
     jacobian = jax.vmap(jax.grad(loss), in_axes)(params, *args)
-    count = jax.tree.leaves(jacobian)[0].shape[0]
-    return jnp.concatenate([x.reshape(count, -1) for x in jax.tree.leaves(jacobian)], axis=1)
-
-
-def flat(tree):
-    return jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
+    return flat_rows(jacobian)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -37,7 +33,7 @@ def test_norms_and_clipped_sums_are_those_of_the_gradients(kind, precision):
         bound = jnp.median(lengths)  # so that some are clipped and some are not
         _, clipped = jaxmtl.clipped_sum(loss, bound, in_axes=in_axes)(params, *args)
         expected = jnp.minimum(1, bound / lengths) @ rows
-        pairs = (flat(pullback(weights)), weights @ rows), (flat(clipped), expected)
+        pairs = (flat_rows(pullback(weights), 0), weights @ rows), (flat_rows(clipped, 0), expected)
         return (losses, jax.vmap(loss, in_axes)(params, *args)), (norms, lengths), *pairs
 
     tolerance = 1e-12 if precision == "float64" else 3e-5
@@ -155,7 +151,7 @@ def test_the_clipped_sum_is_that_of_jax_privacy(x64):
     loss, params, (x,) = test_engine.mlp()
     theirs = clipping.clipped_grad(loss, l2_clip_norm=0.5, keep_batch_dim=False)(params, x)
     _, ours = jaxmtl.clipped_sum(loss, 0.5, in_axes=(None, 0))(params, x)
-    np.testing.assert_allclose(flat(ours), flat(theirs), rtol=1e-10)
+    np.testing.assert_allclose(flat_rows(ours, 0), flat_rows(theirs, 0), rtol=1e-10)
 
 
 def test_wrong_input_is_refused():

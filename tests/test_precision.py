@@ -11,13 +11,12 @@ import pytest
 
 import jaxmtl
 from experiments.examples import mixed_precision as example
-from tests.methods import BY_NAME, INPUTS, METHODS
+from tests.methods import BY_NAME, METHODS
+from tests.problems import flat, inputs_of, params_of, rows_of, size_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
 WEIGHTED = [method.name for method in METHODS if method.weighted]
 NARROW = [jnp.bfloat16, jnp.float16]
-SHAPES = {"a": (2, 3), "b": (), "c": (0,), "d": (1,)}
-SIZE = 8
 
 pytestmark = pytest.mark.xdist_group("precision")
 
@@ -31,7 +30,7 @@ def eager():
 
 def matrix_of(m, seed=0):
     """Rows with conflicts; the squared condition number of the unit rows is about 4 (m = 5: 11)."""
-    matrix = np.random.default_rng(seed).standard_normal((m, SIZE))
+    matrix = np.random.default_rng(seed).standard_normal((m, size_of()))
     return matrix - 0.4 * matrix.mean(0)
 
 
@@ -40,39 +39,14 @@ def conditioning(matrix):
     return np.linalg.cond(unit) ** 2
 
 
-def rows_of(matrix, dtype):
-    leaves, start = {}, 0
-    for name, shape in SHAPES.items():
-        size = int(np.prod(shape))
-        block = np.asarray(matrix)[:, start : start + size]
-        leaves[name] = jnp.asarray(block.reshape(len(matrix), *shape), dtype)
-        start += size
-    return leaves
-
-
-def params_of(dtype):
-    return {name: jnp.zeros(shape, dtype) for name, shape in SHAPES.items()}
-
-
-def flat(update):
-    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(update)])
-
-
 def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def tasks_of(name):
-    return max(3, BY_NAME[name].min_tasks)
-
-
-def inputs_of(name, dtype=jnp.float32):
-    """What a rule reads beside the rows; losses are rounded to ``dtype``, in float32."""
-    m = tasks_of(name)
-    names = {"losses", *BY_NAME[name].inputs}
-    return {
-        key: (INPUTS[key](m).astype(dtype if "losses" in key else jnp.float32)) for key in names
-    }
+def narrow_inputs(name, dtype=jnp.float32):
+    """What a rule reads beside the rows; losses are rounded to ``dtype``, the rest is float32."""
+    inputs = inputs_of(name, tasks_of(name), dtype=jnp.float32)
+    return {key: x.astype(dtype) if "losses" in key else x for key, x in inputs.items()}
 
 
 def assert_same(tree, other):
@@ -93,12 +67,14 @@ def test_narrow_rows_count_as_their_float32_copies(rule, dtype):
     """Bit for bit: weights and state do not change, the update is rounded once, at the end."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)
     matrices = [matrix_of(m, seed) for seed in range(2 if BY_NAME[rule].stateful else 1)]
-    wide = params_of(jnp.float32)
-    exact = [rows_of(matrix, jnp.float32) for matrix in matrices]
-    rows, inputs = [cast(x, dtype) for x in exact], inputs_of(rule, dtype)
+    wide = params_of(dtype=jnp.float32)
+    exact = [rows_of(matrix, dtype=jnp.float32) for matrix in matrices]
+    rows, inputs = [cast(x, dtype) for x in exact], narrow_inputs(rule, dtype)
     copies = cast(rows, jnp.float32)
     expected, state = run(aggregator, copies, wide, cast(inputs, jnp.float32))
-    assert_same(run(aggregator, rows, params_of(dtype), inputs), (cast(expected, dtype), state))
+    assert_same(
+        run(aggregator, rows, params_of(dtype=dtype), inputs), (cast(expected, dtype), state)
+    )
     # With master weights the update is not rounded.
     assert_same(run(aggregator, rows, wide, inputs), (expected, state))
 
@@ -117,9 +93,9 @@ def test_narrow_rows_count_as_their_float32_copies(rule, dtype):
 def test_wide_rows_of_narrow_parameters_have_narrow_updates(rule):
     """Lest the state of the optimizer that follows change its dtype; the rows lose nothing."""
     aggregator = BY_NAME[rule].make(3)
-    rows, narrow = [rows_of(matrix_of(3), jnp.float32)], params_of(jnp.bfloat16)
+    rows, narrow = [rows_of(matrix_of(3), dtype=jnp.float32)], params_of(dtype=jnp.bfloat16)
     update, state = run(aggregator, rows, narrow, {})
-    expected, expected_state = run(aggregator, rows, params_of(jnp.float32), {})
+    expected, expected_state = run(aggregator, rows, params_of(dtype=jnp.float32), {})
     assert_same((update, state), (cast(expected, jnp.bfloat16), expected_state))
 
 
@@ -128,9 +104,9 @@ def test_loss_scaling_changes_no_bit_of_the_weights(rule):
     """Although the squares of float16 rows vanish at 2^-6 and overflow at 2^12."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)
     matrix = np.round(matrix_of(m) * 256) / 256  # normal numbers of float16 at either scale
-    params, inputs = params_of(jnp.float16), inputs_of(rule)
+    params, inputs = params_of(dtype=jnp.float16), narrow_inputs(rule)
     (small, state), (large, large_state) = (
-        run(aggregator, [rows_of(np.ldexp(matrix, k), jnp.float16)], params, inputs)
+        run(aggregator, [rows_of(np.ldexp(matrix, k), dtype=jnp.float16)], params, inputs)
         for k in (-6, 12)
     )
     if BY_NAME[rule].logs:
@@ -166,7 +142,7 @@ ROUTES = [
 def test_without_the_jacobian_weights_are_those_of_float32(rule, dtype, route):
     """From narrow parameters and losses; the gradient is rounded as a backward pass rounds."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)
-    inputs = inputs_of(rule, dtype)
+    inputs = narrow_inputs(rule, dtype)
     losses = inputs.pop("losses")
     rows = jnp.asarray(matrix_of(m), dtype)
     wide = np.asarray(rows, np.float64)
@@ -178,7 +154,7 @@ def test_without_the_jacobian_weights_are_those_of_float32(rule, dtype, route):
     )
     eps = jnp.finfo(jnp.float32).eps * conditioning(wide)
     rounding = 2 * float(jnp.finfo(dtype).eps) * (np.abs(np.asarray(weights)) @ np.abs(wide))
-    params = jnp.zeros(SIZE, dtype)
+    params = jnp.zeros(size_of(), dtype)
     fun, args, options = problem(route, rows, losses)
     step = jaxmtl.value_and_grad(fun, aggregator, **options)
     (_, found), grads = step(params, aggregator.init(params), *args, **inputs)
@@ -194,7 +170,7 @@ def test_without_the_jacobian_weights_are_those_of_float32(rule, dtype, route):
 def test_weights_beyond_float16_are_pulled_back(route):
     """A weight of 1e6 times a row of 1e-3 is no overflow, although 1e6 is one."""
     rows = jnp.asarray(matrix_of(3) / 1024, jnp.float16)
-    params = jnp.zeros(SIZE, jnp.float16)
+    params = jnp.zeros(size_of(), jnp.float16)
     if route == "encoder":
         fun, args, options = (
             lambda p, z, rows: rows @ z,
@@ -239,10 +215,10 @@ def test_a_narrow_computation_on_wide_parameters_has_the_gramian_of_its_rows(dty
 @pytest.mark.parametrize("dtype", NARROW)
 def test_tracked_gradients_are_as_wide_as_master_weights(dtype):
     tracking = jaxmtl.track_gradients(0.1, num_tasks=3)
-    rows, params = rows_of(matrix_of(3), dtype), params_of(jnp.float32)
+    rows, params = rows_of(matrix_of(3), dtype=dtype), params_of(dtype=jnp.float32)
     found = run(tracking, (rows, rows), params, {})
     assert_same(found, run(tracking, cast((rows, rows), jnp.float32), params, {}))
-    narrow, _ = run(tracking, (rows, rows), params_of(dtype), {})
+    narrow, _ = run(tracking, (rows, rows), params_of(dtype=dtype), {})
     assert_same(narrow, cast(found[0], dtype))
 
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.methods import BY_NAME, METHODS
+from tests.problems import flat, params_of, rows_of, size_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
 KINDS = (
@@ -49,42 +50,10 @@ FORMS = {
 }
 
 
-def is_shape(x):
-    return isinstance(x, tuple) and all(isinstance(i, int) for i in x)
-
-
-def shapes_of(form):
-    return jax.tree.flatten(form.shapes, is_leaf=is_shape)
-
-
-def size_of(form):
-    return sum(int(np.prod(shape)) for shape in shapes_of(form)[0])
-
-
-def params_of(form):
-    shapes, tree = shapes_of(form)
-    return jax.tree.unflatten(tree, [jnp.zeros(shape, form.dtype) for shape in shapes])
-
-
-def rows_of(matrix, form):
-    shapes, tree = shapes_of(form)
-    leaves, start = [], 0
-    for shape in shapes:
-        size = int(np.prod(shape))
-        block = np.asarray(matrix)[:, start : start + size]
-        leaves.append(np.asarray(block.reshape(len(matrix), *shape), form.dtype))
-        start += size
-    return jax.tree.unflatten(tree, leaves)
-
-
-def flat(update):
-    return np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(update)])
-
-
 @functools.cache
 def compiled(rule, form_name, m):
     form = FORMS[form_name]
-    aggregator, params, traces = BY_NAME[rule].make(m), params_of(form), []
+    aggregator, params, traces = BY_NAME[rule].make(m), params_of(form.shapes, form.dtype), []
 
     def step(jacobian, state, inputs):
         traces.append(rule)
@@ -96,7 +65,7 @@ def compiled(rule, form_name, m):
 def matrix_of(m, form, draw):
     """A Jacobian (m, n) of the drawn kind, rows scaled by powers of two, as the dtype holds it."""
     rng = np.random.default_rng(draw["seed"])
-    n = size_of(form)
+    n = size_of(form.shapes)
     matrix = rng.standard_normal((m, n))
     kind = draw["kind"]
     if kind == "conflict":
@@ -152,7 +121,7 @@ def properties(rule, form_name, m, draw):
     method, form = BY_NAME[rule], FORMS[form_name]
     start, step, traces = compiled(rule, form_name, m)
     matrix, inputs = matrix_of(m, form, draw), inputs_of(rule, m, draw)
-    update, state = step(rows_of(matrix, form), start, inputs)
+    update, state = step(rows_of(matrix, form.shapes, form.dtype), start, inputs)
 
     # Finite in, finite out, in the form of the parameters; the state keeps its own.
     got = flat(update)
@@ -163,7 +132,7 @@ def properties(rule, form_name, m, draw):
         assert np.all(got == 0) or not skipped  # IMTL-G's update can leave this format
     else:
         assert not skipped
-    params = params_of(form)
+    params = params_of(form.shapes, form.dtype)
     assert jax.tree.structure(update) == jax.tree.structure(params)
     for x, p in zip(jax.tree.leaves(update), jax.tree.leaves(params), strict=True):
         assert (x.shape, x.dtype) == (p.shape, p.dtype)
@@ -184,21 +153,21 @@ def properties(rule, form_name, m, draw):
     if method.non_conflicting and np.all(norms >= norms.max() * 2.0**-60):
         assert np.all(matrix @ got >= -64 * m * eps * norms * terms)
     if method.equivariant and not method.random and draw["kind"] in ("generic", "conflict"):
-        tolerance = 64 * m * eps * np.linalg.cond(matrix) ** 2 if m <= size_of(form) else 1
+        tolerance = 64 * m * eps * np.linalg.cond(matrix) ** 2 if m <= size_of(form.shapes) else 1
         if tolerance < 0.01:
             order = np.random.default_rng(draw["seed"]).permutation(m)
             moved = {
                 key: value[order][:, order] if value.ndim == 2 else value[order]
                 for key, value in inputs.items()
             }
-            permuted, _ = step(rows_of(matrix[order], form), start, moved)
+            permuted, _ = step(rows_of(matrix[order], form.shapes, form.dtype), start, moved)
             size = terms * max(1, np.abs(weights).sum() if method.scale_free else 1)
             assert np.abs(flat(permuted) - got).max() <= tolerance * max(size, np.abs(got).max())
 
     # Anything that is not finite: no update, the state kept, the skip counted.
     poisoned = matrix.copy()
-    poisoned[draw["seed"] % m, draw["seed"] % size_of(form)] = draw["bad"]
-    nothing, kept = step(rows_of(poisoned, form), state, inputs)
+    poisoned[draw["seed"] % m, draw["seed"] % size_of(form.shapes)] = draw["bad"]
+    nothing, kept = step(rows_of(poisoned, form.shapes, form.dtype), state, inputs)
     assert np.all(flat(nothing) == 0)
     if rule != "linear_scalarization":  # which has no state
         assert int(kept.mtl_skipped) == 1 + skipped
@@ -222,10 +191,6 @@ def sweep(rule, form_name, m, examples):
             properties(rule, form_name, m, draw)
 
         every()
-
-
-def tasks_of(rule):
-    return max(3, BY_NAME[rule].min_tasks)
 
 
 @pytest.mark.parametrize("name", NAMES)

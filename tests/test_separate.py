@@ -11,6 +11,7 @@ import pytest
 
 import jaxmtl
 from jaxmtl import separate
+from tests.problems import flat_rows
 
 WIDTH = 6
 
@@ -72,10 +73,6 @@ def independent():
     return stacked(params, batches), jax.jacrev(stacked)(params, batches)
 
 
-def flat(jacobian):
-    return np.concatenate([np.reshape(x, (len(x), -1)) for x in jax.tree.leaves(jacobian)], axis=1)
-
-
 def close(found, expected, rtol=1e-12):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=rtol, atol=rtol), found, expected
@@ -102,7 +99,7 @@ def test_the_jacobian_is_that_of_one_function(kind, x64):
 def test_gramian_and_pullback_are_those_of_the_jacobian(chunk_size, x64):
     params, batches = problem()
     losses, jacobian = independent()
-    rows, weights = flat(jacobian), normal(9, 3)
+    rows, weights = flat_rows(jacobian), normal(9, 3)
     for functions in (LOSSES, {name: jax.jit(f) for name, f in LOSSES.items()}):
         fun = jaxmtl.value_and_gramian(functions, chunk_size=chunk_size)
         found, gramian, pullback = jax.jit(fun)(params, batches)
@@ -123,7 +120,7 @@ def test_cross_gramian_of_batches_of_different_sizes(chunk_size, x64):
         "edges": normal(13, 4, 4),
         "prior": first["prior"],
     }
-    rows = [flat(jax.jacrev(stacked)(params, batches)) for batches in (first, second)]
+    rows = [flat_rows(jax.jacrev(stacked)(params, batches)) for batches in (first, second)]
     fun = jax.jit(jaxmtl.cross_gramian(LOSSES, chunk_size=chunk_size))
     close(fun(params, (first,), (second,)), rows[0] @ rows[1].T)
 
@@ -135,7 +132,7 @@ def test_shared_leaves_and_heads(chunk_size, shared, x64):
     _, jacobian = independent()
     fun = jaxmtl.value_and_gramian(LOSSES, shared=shared, chunk_size=chunk_size)
     _, gramian, pullback = jax.jit(fun)(params, batches)
-    rows = flat([jacobian["trunk"], jacobian["bias"]])
+    rows = flat_rows([jacobian["trunk"], jacobian["bias"]])
     close(gramian, rows @ rows.T)
     weights, others = normal(9, 3), normal(10, 3)
     for heads in (None, others):
@@ -182,7 +179,7 @@ def test_in_float32_at_extreme_scales(scale):
     params, batches = jax.tree.map(jnp.float32, problem())
     functions = {name: lambda p, b, f=f: jnp.float32(scale) * f(p, b) for name, f in LOSSES.items()}
     with jax.enable_x64(True):
-        expected = flat(independent()[1])
+        expected = flat_rows(independent()[1])
         expected = expected @ expected.T
     _, gramian, pullback = jax.jit(jaxmtl.value_and_gramian(functions))(params, batches)
     assert gramian.dtype == jnp.float32
@@ -210,7 +207,7 @@ def test_parameters_narrower_than_float32():
     params, batches = jax.tree.map(jnp.bfloat16, problem())
     _, gramian, pullback = jax.jit(jaxmtl.value_and_gramian(LOSSES))(params, batches)
     _, jacobian = jax.jit(jaxmtl.value_and_jacobian(LOSSES))(params, batches)
-    rows = flat(jax.tree.map(jnp.float32, jacobian))
+    rows = flat_rows(jax.tree.map(jnp.float32, jacobian))
     np.testing.assert_allclose(gramian, rows @ rows.T, rtol=1e-5)
     chex.assert_trees_all_equal_dtypes(pullback(jnp.ones(3)), params)
 

@@ -208,7 +208,7 @@ KINDS = ("n = m", "n = 2m", "rank m/4", "digits, start", "digits, trained")
 
 def digit_gramians(m: int, seed: int) -> dict[str, np.ndarray]:
     """Computes Gramians of m examples' gradients in the MLP 64-128-128-128-10 on digits."""
-    from experiments.data.images import load_sklearn_digits
+    from experiments.images import load_sklearn_digits
 
     digits = load_sklearn_digits("train")
     x = jnp.asarray(digits.images.reshape(len(digits.images), -1) / 255 - 0.3)

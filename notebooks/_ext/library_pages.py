@@ -129,20 +129,17 @@ def _reference(reference: str, bibliography: str) -> str:
 
 
 def method_page(name: str, bibliography: str) -> str:
-    """Returns the page of a method."""
+    """Returns the page of a method; typeset equation and link to the paper where they are known."""
     method = jaxmtl.methods()[name]
     words = {"gramian": "the Gramian", "jacobian": "the Jacobian", "rule": "a rule with weights"}
     needs = ", ".join(words.get(n, f"`{n}`") for n in method.needs) or "nothing"
     extra = ", ".join(f"`{a}`" for a in method.accepts) or "nothing"
+    equation = f"\n$$\n{EQUATIONS[name]}\n$$\n" if name in EQUATIONS else ""
     logs = "`mtl_weights`" if method.logs_weights else "no weights"
     return f"""# {name}
 
 {method.update[0].upper()}{method.update[1:]}.
-
-$$
-{EQUATIONS[name]}
-$$
-
+{equation}
 {draw(name)}
 
 | | |

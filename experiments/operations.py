@@ -1,19 +1,24 @@
 """Counts multiplications and additions of products, read off a jaxpr, times trip counts."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.extend.core as jex
 from jax.interpreters import partial_eval
 
 
-def count(fun, *args):
-    """Returns the operations of all products and convolutions of ``fun(*args)``."""
+def count(fun: Callable[..., Any], *args: Any) -> int:
+    """Returns the operations of all products and convolutions of ``fun(*args)``.
+
+    The body of a loop that ends by a condition, a solver's, counts once.
+    """
     jaxpr = jax.make_jaxpr(fun)(*args).jaxpr
     return _count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def _count(jaxpr):
+def _count(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
