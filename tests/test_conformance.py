@@ -351,13 +351,14 @@ def test_combinators_in_their_neutral_form_are_the_bare_rule(name, x64):
     def run_form(aggregator):
         route = jaxmtl.value_and_grad(losses_fn, aggregator, shared={"trunk": True, "head": False})
         rows, weighting = {"trunk": matrix, "head": inputs["losses"]}, aggregator.weighting
-        states, found = [aggregator.init(params)] * 3, []
-        for _ in range(2):
-            update, states[0] = aggregator.update(rows, states[0], params, **inputs)
-            weights, states[1] = weighting.update(matrix @ matrix.T, states[1], **inputs)
-            (_, states[2]), grads = route(params, states[2], **given)
-            found.append((update, weights, grads, states[0].mtl_weights))
-        return found
+
+        def step(states, _):
+            update, first = aggregator.update(rows, states[0], params, **inputs)
+            weights, second = weighting.update(matrix @ matrix.T, states[1], **inputs)
+            (_, third), grads = route(params, states[2], **given)
+            return (first, second, third), (update, weights, grads, first.mtl_weights)
+
+        return jax.lax.scan(step, (aggregator.init(params),) * 3, length=2)[1]
 
     expected, *others = jax.jit(lambda: [run_form(form) for form in forms])()
     for other in others:

@@ -119,9 +119,12 @@ def part_of(dataset: str, args: argparse.Namespace) -> Part:
 
 study = Study(
     name="tabular",
-    commands=("--out experiments/results",),
+    commands=(
+        "--out experiments/results",
+        "--datasets sarcos --data-dir DIR --out experiments/results",
+    ),
     methods=(SINGLE, *METHODS),
-    figures=("census.png", "yeast.png"),
+    figures=("census.png", "yeast.png", "sarcos.png"),
     plan=lambda args: [part_of(name, args) for name in args.datasets],
     report=report,
     claims=claims,

@@ -1,0 +1,74 @@
+"""The benchmarks run, and their counts are what is known of the routes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+
+from experiments.benchmarks import accelerator, prices, solvers
+
+pytestmark = pytest.mark.xdist_group("benchmarks")
+
+
+def test_prices_of_a_dense_network():
+    """Two thirds of a gradient are the backward pass; loss rules, separate data pay one."""
+    m = 4
+    records = prices.measure(["mlp"], [m])
+    price = {r["route"]: r["gradients"] for r in records}
+    assert set(price) == set(prices.steps(prices.mlp(), m))
+    assert price["gradient"] == 1
+    assert price["plain"] == price["losses"] == 1
+    assert abs(price["Jacobian"] / ((1 + 2 * m) / 3) - 1) < 0.03
+    assert 1 < price["encoder"] < 1.05
+    assert 1 < price["separate"] < 1.1
+    assert price["per example"] < 1.5
+    assert price["no Jacobian"] < 1 + 1.3 * m
+    table = prices.table(records)
+    assert f"| mlp, m = {m} |" in table
+    assert table.count("\n") == 1 + len(price)
+
+
+def test_every_kind_of_network_has_finite_losses():
+    for name, make in prices.KINDS.items():
+        step, args, _ = prices.steps(make(), 2)["gradient"]
+        for leaf in jax.tree.leaves(jax.jit(step)(*args)):
+            assert np.all(np.isfinite(leaf)), name
+
+
+def test_the_command_for_an_accelerator(tmp_path, capsys):
+    out = tmp_path / "records.jsonl"
+    accelerator.main(["--smoke", "--parts", "precision", "solvers", "--out", str(out)])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all(record["device"].startswith("cpu") for record in records)
+    assert "device: cpu" in capsys.readouterr().out
+    errors = [r["error"] for r in records if r["part"] == "precision"]
+    assert len(errors) == 2
+    assert all(1e-9 < error < 1e-6 for error in errors), "rounding of float32, and no more"
+    found = [r for r in records if r["part"] == "solvers"]
+    assert [(r["tasks"], r["dtype"]) for r in found] == [
+        (m, dtype) for m in (2, 8) for dtype in ("float32", "float64")
+    ]
+    assert all(r["residual_in_eps"] < 100 for r in found)
+
+
+@pytest.mark.slow
+def test_all_parts_for_an_accelerator(tmp_path):
+    out = tmp_path / "records.jsonl"
+    accelerator.main(["--smoke", "--out", str(out)])
+    parts = {json.loads(line)["part"] for line in out.read_text().splitlines()}
+    assert parts == set(accelerator.PARTS)
+
+
+@pytest.mark.slow
+def test_gramians_of_the_solvers_benchmark():
+    with jax.enable_x64(True):
+        found = solvers.unit_gramians(8, 1, 0)
+    assert tuple(found) == solvers.KINDS
+    for kind, grams in found.items():
+        np.testing.assert_allclose(np.diagonal(grams[0]), 1, err_msg=kind)
+        rank = np.linalg.matrix_rank(grams[0])
+        assert rank == (2 if kind == "rank m/4" else 8), kind
