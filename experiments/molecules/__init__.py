@@ -1,0 +1,1 @@
+"""Molecules: eleven properties of a molecule from one network, by every method."""
