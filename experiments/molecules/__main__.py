@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.molecules.data import QM9_TASKS, RIMP2_TASKS, Split, load_rimp2, make_up
 from experiments.molecules.methods import METHODS, SINGLE
+from experiments.molecules.qm9 import load_qm9
 from experiments.molecules.report import baselines_of, claims, report
 from experiments.molecules.train import Options, train
 from experiments.study import Job, Part, Record, Results, Say, Study, config_of
@@ -19,7 +20,7 @@ PRESETS = {
     "qm9": Options("qm9", width=64, epochs=300),
 }
 TASKS = {"rimp2": RIMP2_TASKS, "qm9": QM9_TASKS}
-LOADERS: dict[str, Callable[[str | None, int], Split]] = {"rimp2": load_rimp2}
+LOADERS: dict[str, Callable[[str | None, int], Split]] = {"rimp2": load_rimp2, "qm9": load_qm9}
 # What is run where time is short: all that cost a gradient, and four that cost a gradient a task.
 REDUCED = (
     *("linear_scalarization", "scale_invariant", "rlw", "dwa", "uncertainty_weighting"),
@@ -84,7 +85,7 @@ study = Study(
     claims=claims,
     options={
         "--datasets": {"nargs": "+", "choices": PRESETS, "default": ["rimp2"]},
-        "--data-dir": {"help": "folder with the molecules"},
+        "--data-dir": {"help": "folder with the molecules; QM9 without it: TFDS, with download"},
         "--epochs": {"type": int},
         "--width": {"type": int},
         "--batch-size": {"type": int},
