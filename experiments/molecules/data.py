@@ -168,10 +168,16 @@ def split_of(
         fit = np.linalg.lstsq(inputs[train], targets[train, i])[0]
         targets[:, i] -= inputs @ fit
     mean, deviation = targets[train].mean(axis=0), targets[train].std(axis=0)
+    deviation = np.where(deviation > 0, deviation, 1)
     standardized = molecules._replace(targets=((targets - mean) / deviation).astype(np.float32))
-    parts = (strata_of(standardized.take(index), strata) for index in (train, validation, test))
     factors = np.array([task.factor for task in tasks])
-    return Split(*parts, tasks=tuple(tasks), scale=deviation * factors)
+    return Split(
+        train=strata_of(standardized.take(train), strata),
+        validation=strata_of(standardized.take(validation), strata),
+        test=strata_of(standardized.take(test), strata),
+        tasks=tuple(tasks),
+        scale=deviation * factors,
+    )
 
 
 # --- 10,000 molecules with RI-MP2 ---------------------------------------------------------------

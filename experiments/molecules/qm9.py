@@ -82,7 +82,13 @@ def load_qm9(data_dir: str | Path | None, strata: int = 1) -> Split:
     else:
         raw = read_tfds(data_dir)
     molecules = pad(raw)
-    return split_of(molecules, QM9_TASKS, min(HELD_OUT, len(molecules.sizes) // 10), strata)
+    number = len(molecules.sizes)
+    if number < 10 * strata:
+        raise ValueError(
+            f"expected at least {10 * strata} molecules for parts of {strata} sizes, got {number}; "
+            "take all files"
+        )
+    return split_of(molecules, QM9_TASKS, min(HELD_OUT, number // 10), strata)
 
 
 def pad(raw: Iterable[Raw]) -> Molecules:
@@ -237,7 +243,8 @@ def read_tfds(data_dir: str | Path | None) -> Iterator[Raw]:
                     listed[key].append(record[key])
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(f".{os.getpid()}.npz")
-        np.savez_compressed(partial, **{key: np.asarray(v) for key, v in listed.items()})
+        stacked: dict[str, Any] = {key: np.asarray(values) for key, values in listed.items()}
+        np.savez_compressed(partial, **stacked)
         partial.replace(cache)  # in one move, so that an interrupted run leaves no half file
     with np.load(cache) as file:
         arrays = {key: file[key] for key in keys}

@@ -154,7 +154,8 @@ def make_evaluate(options: Options, m: int) -> Callable[[Params, jax.Array, Part
         for molecules in parts:
 
             def one(index: jax.Array, molecules: Molecules = molecules) -> jax.Array:
-                outputs = network.apply({"params": params}, graphs_of(molecules, index[None]))
+                graphs = graphs_of(molecules, index[None])
+                outputs = jnp.asarray(network.apply({"params": params}, graphs))
                 return jnp.abs(outputs[:, 0] - molecules.targets[index][columns])
 
             number = len(molecules.sizes)
