@@ -283,13 +283,13 @@ def test_an_epoch_of_one_step_is_adams(problem):
         outputs = Network(11, 4).apply(
             {"params": params}, train.graphs_of(part, jnp.arange(number))
         )
-        return jnp.sum(jnp.mean((outputs.T - part.targets) ** 2, axis=0))
+        return jnp.mean((outputs.T - part.targets) ** 2)  # over tasks too: equal weights of sum 1
 
     value, grads = jax.jit(jax.value_and_grad(total))(params)
-    np.testing.assert_allclose(metrics["train_loss"].sum(), value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["train_loss"].mean(), value, rtol=1e-5)
     g = flat(grads).astype(np.float64)
     # Adam's first step has the size of the rate, wherever a gradient is more than rounding.
-    step, large = flat(carry.params) - flat(params), np.abs(g) > 1e-4
+    step, large = flat(carry.params) - flat(params), np.abs(g) > 1e-5
     assert large.mean() > 0.7
     np.testing.assert_allclose(step[large], -rate * np.sign(g[large]), rtol=1e-3)
     errors = train.make_evaluate(options, 11)(params, columns, split.validation)
@@ -321,11 +321,15 @@ def test_the_rate_falls_as_pytorchs_does():
 # --- the study ------------------------------------------------------------------------------------
 
 
+WAYS = ["famo", "ldc_mtl", "upgrad"]
+SMOKE = ["--smoke", "--methods", "single_task", *WAYS]
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The folder of a smoke run, single tasks and a rule of each way."""
     out = tmp_path_factory.mktemp("molecules")
-    molecules.study.main(["--smoke", "--out", str(out)])
+    molecules.study.main([*SMOKE, "--out", str(out)])
     return out
 
 
@@ -339,7 +343,7 @@ def test_a_smoke_run_trains_a_network_a_task_then_the_methods(smoke):
     made = [(r["method"], r["task"]) for r in records]
     assert made == [
         *(("single_task", i) for i in range(11)),
-        *((name, None) for name in molecules.SMOKE_METHODS),
+        *((name, None) for name in WAYS),
     ]
     for record in records:
         history, m = record["history"], 11 if record["task"] is None else 1
@@ -366,10 +370,10 @@ def test_a_smoke_run_trains_a_network_a_task_then_the_methods(smoke):
 def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
     path = smoke / "molecules" / "rimp2.jsonl"
     before = path.read_text()
-    molecules.study.main(["--smoke", "--out", str(smoke), "--resume"])
+    molecules.study.main([*SMOKE, "--out", str(smoke), "--resume"])
     assert path.read_text() == before
     with pytest.raises(SystemExit, match=r"expected the options of"):
-        molecules.study.main(["--smoke", "--out", str(smoke), "--resume", "--width", "6"])
+        molecules.study.main([*SMOKE, "--out", str(smoke), "--resume", "--width", "6"])
 
 
 def test_the_report_is_made_of_the_records(smoke, capsys):
@@ -380,7 +384,7 @@ def test_the_report_is_made_of_the_records(smoke, capsys):
     for name in molecules.study.figures:
         assert (smoke / "molecules" / name).stat().st_size > 10_000
     assert "177.6" in text  # of table 6
-    assert "comes closest to single tasks" in text
+    assert "has the best delta_m" in text
 
 
 def test_methods_want_the_single_tasks(tmp_path):
@@ -395,6 +399,7 @@ def record_of(method, seed, errors, router=None, task=None):
     return {
         "method": method, "seed": seed, "task": task, "best_epoch": 3,
         "test_mae": errors, "validation_mae": errors, "history": history,
+        "cpu_seconds_per_step": 0.1 * (seed + 1),
     }  # fmt: skip
 
 
@@ -427,6 +432,13 @@ def test_claims_are_decided_by_the_records(tmp_path):
     assert verdicts["the converged weights of LDC-MTL are nearly equal"].ours.startswith(
         "largest over smallest 2.35 ± 0.00"
     )
+
+
+def test_one_seed_has_to_be_ahead_by_a_margin():
+    assert report.ahead([5.1])
+    assert not report.ahead([4.9])
+    assert report.ahead([0.2, 0.3])  # several: by their error
+    assert not report.ahead([0.2, 5.0, -4.0])
 
 
 def test_published_rows_give_the_published_delta_m():

@@ -36,6 +36,7 @@ class Task(NamedTuple):
     name: str
     unit: str
     factor: float = 1.0  # from the unit of the values to that one
+    short: str = ""  # for the head of a column, where the name is long
 
 
 class Molecules(NamedTuple):
@@ -74,21 +75,21 @@ QM9_TASKS = (
     Task("U", "meV", 1000),
     Task("H", "meV", 1000),
     Task("G", "meV", 1000),
-    Task("cv", "cal/(mol K)"),
+    Task("cv", "cal / mol K"),
 )
 
 RIMP2_TASKS = (
-    Task("nuclear repulsion", "hartree"),
-    Task("kinetic", "meV", 1000 * HARTREE),
-    Task("virial ratio", "1e-6", 1e6),
-    Task("correlation", "meV", 1000 * HARTREE),
-    Task("dipole", "D", DEBYE),
+    Task("nuclear repulsion", "Ha", 1.0, "V_nn"),
+    Task("kinetic", "meV", 1000 * HARTREE, "T"),
+    Task("virial ratio", "1e-6", 1e6, "-V/T"),
+    Task("correlation", "meV", 1000 * HARTREE, "E_c"),
+    Task("dipole", "D", DEBYE, "mu"),
     Task("HOMO", "meV", 1000 * HARTREE),
     Task("LUMO", "meV", 1000 * HARTREE),
     Task("gap", "meV", 1000 * HARTREE),
-    Task("binding", "meV", 1000 * HARTREE),
-    Task("largest charge", "1e-3 e", 1000),
-    Task("smallest charge", "1e-3 e", 1000),
+    Task("binding", "meV", 1000 * HARTREE, "E_b"),
+    Task("largest charge", "me", 1000, "q_max"),
+    Task("smallest charge", "me", 1000, "q_min"),
 )
 COMPOSED = (0, 1)  # of these: what a fit of the composition leaves
 
