@@ -37,7 +37,8 @@ def part_of(name: str, args: argparse.Namespace) -> Part:
         if (value := getattr(args, key)) is not None
     }
     if args.smoke:
-        given |= {"epochs": 2, "width": 4, "batch_size": 20, "strata": 1, "made_up": 100}
+        small = {"epochs": 2, "width": 4, "batch_size": 20, "strata": 1, "made_up": 100}
+        given = small | given
     options = replace(PRESETS[name], **given)
     default = SMOKE_METHODS if args.smoke else REDUCED if name == "rimp2" else tuple(METHODS)
     methods = args.methods or (SINGLE, *default)
