@@ -499,10 +499,9 @@ def test_bonds_are_guessed_and_features_are_pytorch_geometrics():
     np.testing.assert_array_equal(nodes[3, 1], [0, 0, 0, 0, 1, 9, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(nodes[1, 2], [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
     assert not nodes[0, 3:].any()
-    aromatic = bond_matrix("ethene", 6)[None] * 2  # a bond of type 4
-    np.testing.assert_array_equal(
-        data.features(numbers[1:2], aromatic)[0, :, 6], [1, 1, 0, 0, 0, 0]
-    )
+    # What RDKit says of atoms that it has not cleaned up, aromatic bonds or not.
+    aromatic = 2 * bond_matrix("ethene", 6)[None]
+    assert not data.features(numbers[1:2], aromatic)[..., 6:10].any()
 
 
 def test_strata_hold_every_molecule_once_and_are_cut_to_size():

@@ -2,8 +2,8 @@
 
 Atoms have the eleven features of PyTorch Geometric: the element as 0 and 1 (H, C, N, O, F), the
 atomic number, whether it is aromatic, three of its hybridization, and the number of hydrogens bound
-to it. That package reads QM9 without RDKit's clean-up, which leaves the hybridization of every atom
-at 0; so it is here. Bonds are single, double, triple or aromatic.
+to it. That package reads QM9 without RDKit's clean-up, which leaves aromaticity and hybridization
+of every atom at 0; so they are here. Bonds are single, double, triple or aromatic.
 """
 
 from collections.abc import Sequence
@@ -100,10 +100,9 @@ COMPOSED = (0, 1)  # of these: what a fit of the composition leaves
 def features(numbers: np.ndarray, bonds: np.ndarray) -> np.ndarray:
     """Returns the features (n, a, 11) of atoms from atomic numbers (n, a) and bonds (n, a, a)."""
     one_hot = numbers[..., None] == np.asarray(ELEMENTS)
-    aromatic = (bonds == 4).any(axis=-1)
     hydrogens = ((bonds > 0) & (numbers == 1)[:, None, :]).sum(axis=-1)
     blank = np.zeros_like(numbers)
-    columns = [numbers, aromatic, blank, blank, blank, hydrogens]
+    columns = [numbers, blank, blank, blank, blank, hydrogens]
     return np.concatenate([one_hot, np.stack(columns, axis=-1)], axis=-1).astype(np.int8)
 
 
