@@ -4,11 +4,13 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 from experiments.metaworld.learner import Options
 from experiments.metaworld.methods import METHODS, REFUSED, SINGLE, check_method
-from experiments.metaworld.report import LEARNER, claims, report
+from experiments.metaworld.report import LEARNER, claims, part_name, report
 from experiments.metaworld.timing import SIZES, measure
 from experiments.metaworld.train import MADE_UP, check_options, train
 from experiments.metaworld.worlds import TASKS
@@ -25,7 +27,7 @@ DEFAULT_METHODS = {
     LEARNER: (SINGLE, *list(METHODS)[:8]),
 }
 # A few steps in a made-up world, where a point is driven to a goal.
-SMOKE = {
+SMOKE: dict[str, Any] = {
     "benchmark": MADE_UP,
     "steps": 60,
     "evaluate_every": 30,
@@ -50,13 +52,8 @@ def options_of(args: argparse.Namespace) -> Options:
     if args.raw_rewards:
         given["reward_scale"] = False
     preset = PRESETS["MT10" if args.benchmark == LEARNER else args.benchmark]
-    return replace(preset, **((SMOKE if args.smoke else {}) | given))
-
-
-def part_name(args: argparse.Namespace) -> str:
-    """Returns the name of the results file of runs."""
-    name = MADE_UP if args.smoke else "tasks" if args.tasks else args.benchmark.lower()
-    return name + (f"_{args.network}" if args.network not in (None, "shared") else "")
+    changes: dict[str, Any] = (SMOKE if args.smoke else {}) | given
+    return replace(preset, **changes)
 
 
 def plan(args: argparse.Namespace) -> Iterator[Part]:
@@ -76,33 +73,24 @@ def plan(args: argparse.Namespace) -> Iterator[Part]:
     seeds = range(args.seeds or (1 if args.smoke else 2))
     name, folder = part_name(args), args.out / study.name / "checkpoints"
 
+    def run(
+        method: str, seed: int, path: Path, history: list[Record], results: Results, say: Say
+    ) -> list[Record]:
+        def add(record: Record) -> None:
+            results.add([record])  # at once: a run takes an hour
+
+        train(options, method, seed, path, history, add, say, args.processes)
+        return []
+
     def jobs(results: Results) -> Iterator[Job]:
-        for seed in seeds:
-            for method in methods:
-                path = folder / f"{name}_{method}_{seed}.msgpack"
-                if not args.resume:
-                    path.unlink(missing_ok=True)
-                history = [
-                    r for r in results.records if (r["method"], r["seed"]) == (method, seed)
-                ]
-                if any(record["step"] >= options.steps for record in history):
-                    continue
-
-                def run(
-                    say: Say,
-                    method: str = method,
-                    seed: int = seed,
-                    path: Any = path,
-                    history: list[Record] = history,
-                ) -> list[Record]:
-                    def add(record: Record) -> None:
-                        results.add([record])  # at once: a run takes an hour
-
-                    train(options, method, seed, path, history, add, say, args.processes)
-                    return []
-
-                episodes = options.steps // options.horizon
-                yield Job(f"{method:<20} seed {seed}", run, episodes)
+        for seed, method in product(seeds, methods):
+            path = folder / f"{name}_{method}_{seed}.msgpack"
+            if not args.resume:
+                path.unlink(missing_ok=True)
+            history = [r for r in results.records if (r["method"], r["seed"]) == (method, seed)]
+            if all(record["step"] < options.steps for record in history):
+                one = partial(run, method, seed, path, history, results)
+                yield Job(f"{method:<20} seed {seed}", one, options.steps // options.horizon)
 
     yield Part(name, jobs, [config_of(options)])
 

@@ -1,4 +1,4 @@
-"""Soft actor-critic on all tasks at once: one compiled update, a rule in the critic and the actor."""
+"""Soft actor-critic on all tasks at once: one update, a rule in the critic and in the actor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,13 +67,13 @@ class Agent(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """Functions of a rule, not compiled yet."""
+    """Functions of a rule."""
 
-    init: Callable[[jax.Array], Agent]  # from a key
-    update: Callable[[Agent, Batch, jax.Array], Agent]
-    monitored: Callable[[Agent, Batch, jax.Array], tuple[Agent, dict[str, Any]]]
-    act: Callable[[Params, jax.Array, jax.Array], jax.Array]  # (m, o) -> (m, a), with a key
-    best: Callable[[Params, jax.Array], jax.Array]  # without noise
+    init: Callable[..., Agent]  # (key)
+    update: Callable[..., Agent]  # (agent, batch, key)
+    monitored: Callable[..., tuple[Agent, dict[str, Any]]]  # the same, with what is logged
+    act: Callable[..., jax.Array]  # (actor's parameters, observations (m, o), key) -> (m, a)
+    best: Callable[..., jax.Array]  # the same without a key: no noise
 
 
 def squashed(outputs: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -138,16 +138,11 @@ def make_learner(options: Options, method: str, observation_size: int, action_si
 
     def init(key: jax.Array) -> Agent:
         keys = jax.random.split(key)
-        parts = [
-            Part(params, direction.init(params), adam.init(params))
-            for direction, params in (
-                (of_actor, actor.init(keys[0])),
-                (of_critic, critic.init(keys[1])),
-            )
-        ]
-        target = jax.tree.map(jnp.copy, parts[1].params)  # the update may overwrite the other
+        of_parts = (of_actor, actor.init(keys[0])), (of_critic, critic.init(keys[1]))
+        first, second = (Part(x, rule.init(x), adam.init(x)) for rule, x in of_parts)
+        target = jax.tree.map(jnp.copy, second.params)  # an update may overwrite the other
         start = jnp.full((m,) if single else (), jnp.log(options.temperature))
-        return Agent(*parts, target, Part(start, (), adam.init(start)))
+        return Agent(first, second, target, Part(start, (), adam.init(start)))
 
     def moved(part: Part, update: Any, rule: Any) -> Part:
         updates, state = adam.update(update, part.optimizer, part.params)
@@ -164,9 +159,7 @@ def make_learner(options: Options, method: str, observation_size: int, action_si
         noise = [jax.random.normal(k, shape) for k in keys[:2]]
         log_alpha = agent.temperature.params
         alpha = jnp.broadcast_to(jnp.exp(log_alpha), (m,))
-        targets = targets_of(
-            agent.actor.params, agent.target, batch, one_hot, alpha, noise[0]
-        )
+        targets = targets_of(agent.actor.params, agent.target, batch, one_hot, alpha, noise[0])
         part = agent.critic
         critic_losses, _, update, rule, critic_log = run(of_critic)(
             part.params, part.rule, (batch, one_hot, targets), keys[2]

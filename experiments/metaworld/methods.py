@@ -106,7 +106,9 @@ def make_direction(
     own = jaxmtl.linear_scalarization(jnp.ones(num_tasks))
     rule: optax.GradientTransformationExtraArgs = aggregator
     if "heads" in axes[0]:
-        rule = optax.partition({"trunk": aggregator, "heads": own}, lambda params: {p: p for p in params})
+        rule = optax.partition(
+            {"trunk": aggregator, "heads": own}, lambda params: {p: p for p in params}
+        )
     of_rows = jaxmtl.value_and_jacobian(loss, in_axes=axes, has_aux=True)
 
     def by_rows(params: Params, state: State, data: Any, key: jax.Array) -> Any:
@@ -114,7 +116,7 @@ def make_direction(
         update, state = rule.update(jacobian, state, params, losses=losses, key=key)
         return losses, aux, update, state, jacobian
 
-    def update(params: Params, state: State, data: Any, key: jax.Array) -> Any:
+    def unwatched(params: Params, state: State, data: Any, key: jax.Array) -> Any:
         return *by_rows(params, state, data, key)[:-1], {}
 
     def monitored(params: Params, state: State, data: Any, key: jax.Array) -> Any:
@@ -123,12 +125,13 @@ def make_direction(
         kept = ("weights", "norms", "cosines", "conflict_rate")
         return *found, state, {part: log[part] for part in kept if part in log}
 
-    if needs(METHODS[name]) == "none" and "heads" not in axes[0]:
-        # The mean: one backward pass; its state, weights that stay, is that of the rows' route.
-        value_and_grad = jaxmtl.value_and_grad(loss, aggregator, in_axes=axes, has_aux=True)
+    def mean_pass(params: Params, state: State, data: Any, key: jax.Array) -> Any:
+        del key
+        ((losses, aux), state), grads = value_and_grad(params, state, *data)
+        return losses, aux, grads, state, {}
 
-        def update(params: Params, state: State, data: Any, key: jax.Array) -> Any:  # noqa: F811
-            ((losses, aux), state), grads = value_and_grad(params, state, *data)
-            return losses, aux, grads, state, {}
-
-    return Direction(rule.init, update, monitored)
+    if needs(METHODS[name]) != "none" or "heads" in axes[0]:
+        return Direction(rule.init, unwatched, monitored)
+    # The mean: one pass over everything; its state is that of the route of rows.
+    value_and_grad = jaxmtl.value_and_grad(loss, aggregator, in_axes=axes, has_aux=True)
+    return Direction(rule.init, mean_pass, monitored)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,9 @@ class Run:
         check_options(options)
         self.options, self.method, self.seed, self._world = options, method, seed, world
         m, sizes = len(options.tasks), (world.observation_size, world.action_size)
-        learner = make_learner(options, method, *sizes)
         self._key = jax.random.key(seed)
-        self._functions = compile_learner(learner)
-        self.agent: Agent = jax.jit(learner.init)(self._key)
+        self._functions = compiled_learner(options, method, *sizes)
+        self.agent: Agent = self._functions.init(self._key)
         self.replay = Replay(m, min(options.capacity, options.steps), *sizes)
         self.scale = RewardScale(m)
         self.step = 0
@@ -116,10 +115,11 @@ class Run:
     def evaluate(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the shares of successful episodes (m,), and mean returns, without noise."""
         options, params = self.options, self.agent.actor.params
+        m = len(options.tasks)
         successes, returns = [], []
         for number in range(options.episodes):
             observations = self._world.reset((_EVALUATE, self.step, number))
-            success, total = False, 0.0
+            success, total = np.zeros(m, bool), np.zeros(m)
             for i in range(options.horizon):
                 self._world.start(np.asarray(self._functions.best(params, observations)))
                 observations, rewards, now = self._world.finish()
@@ -193,11 +193,13 @@ class Run:
         return self.record()
 
 
-def compile_learner(learner: Learner) -> Learner:
-    """Returns the learner compiled, keys made of a run's key and the number of the step.
+@cache
+def compiled_learner(options: Options, method: str, *sizes: int) -> Learner:
+    """Returns the learner compiled, with keys made of a run's key and the number of the step.
 
     The agent that an update takes is given up: its memory holds the new one.
     """
+    learner = make_learner(options, method, *sizes)
 
     def with_key(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(first: Any, data: Any, key: jax.Array, number: jax.Array) -> Any:
@@ -206,7 +208,7 @@ def compile_learner(learner: Learner) -> Learner:
         return called
 
     return Learner(
-        learner.init,
+        jax.jit(learner.init),
         jax.jit(with_key(learner.update), donate_argnums=0),
         jax.jit(with_key(learner.monitored), donate_argnums=0),
         jax.jit(with_key(lambda p, o, key: learner.act(p, o, jax.random.fold_in(key, 1)))),

@@ -102,7 +102,8 @@ class MetaWorld:
         for task in tasks:
             if task not in known:
                 raise ValueError(
-                    f"expected a task of Meta-World v3, got {task!r}; take one of {', '.join(known)}"
+                    f"expected a task of Meta-World v3, got {task!r}; take one of "
+                    f"{', '.join(known)}"
                 )
         self._seed, self._simulators, self._goals = seed, [], []
         for task in tasks:
