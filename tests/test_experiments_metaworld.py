@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ pytest.importorskip("flax.linen", reason="the extra `experiments` is not install
 
 import jaxmtl
 from experiments.claims import VERDICTS
+from experiments.examples import multi_task_ppo
 from experiments.metaworld import __main__ as metaworld
 from experiments.metaworld import train
 from experiments.metaworld.data import Replay, RewardScale, check_step
@@ -621,3 +623,43 @@ def test_an_episode_of_the_simulator_depends_on_its_key_alone():
     assert (fresh[0][:, :, 36:39] != 0).any(axis=(0, 2)).all()  # the goal is seen
     with pytest.raises(ValueError, match="expected a task of Meta-World v3, got 'fly-v3'"):
         MetaWorld(("fly-v3",), 0, "v2")
+
+
+# --- the example --------------------------------------------------------------------------------
+
+
+def test_example_of_a_loop_logs_by_name_and_helps_the_quiet_tasks(capsys):
+    multi_task_ppo.main(60)
+    *lines, conclusion = capsys.readouterr().out.splitlines()
+    found = {
+        line.split()[0]: re.findall(r"(\w+) ([\d.]+) \(weight ([\d.]+)\)", line) for line in lines
+    }
+    assert list(found) == ["linear_scalarization", "upgrad", "aligned_mtl"]
+    assert all(tuple(task for task, *_ in row) == multi_task_ppo.TASKS for row in found.values())
+    assert [weight for *_, weight in found["linear_scalarization"]] == ["0.333"] * 3
+    errors = {name: [float(error) for _, error, _ in row] for name, row in found.items()}
+    weights = [float(weight) for *_, weight in found["aligned_mtl"]]
+    assert weights[2] < 0.1 * min(weights[:2])  # the loud one
+    assert max(errors["aligned_mtl"]) < 0.8 * max(errors["linear_scalarization"])
+    assert conclusion.startswith("The worst task is best with aligned_mtl")
+
+
+def test_per_task_gradients_of_the_example_are_those_of_each_minibatch():
+    params = multi_task_ppo.Policy().init(jax.random.key(0), jnp.zeros((1, 7)))
+    batch, _ = multi_task_ppo.collect(params, jax.random.key(1))
+    rows = jaxmtl.value_and_jacobian(multi_task_ppo.task_loss, in_axes=(None, 0))(params, batch)[1]
+    for i in range(3):
+        one = jax.grad(multi_task_ppo.task_loss)(params, jax.tree.map(lambda x, i=i: x[i], batch))
+        jax.tree.map(
+            lambda r, g, i=i: np.testing.assert_allclose(r[i], g, rtol=2e-4, atol=1e-5), rows, one
+        )
+
+    # At the first epoch the ratio is 1: the policy gradient, -mean(advantage * grad log density).
+    def objective(p):
+        density = multi_task_ppo.log_density(p, batch.inputs[0], batch.actions[0])
+        return -jnp.mean(batch.advantages[0] * density)
+
+    expected = jax.grad(objective)(params)
+    jax.tree.map(
+        lambda r, g: np.testing.assert_allclose(r[0], g, rtol=2e-4, atol=1e-5), rows, expected
+    )
