@@ -641,7 +641,7 @@ def test_example_of_a_loop_logs_by_name_and_helps_the_quiet_tasks(capsys):
     weights = [float(weight) for *_, weight in found["aligned_mtl"]]
     assert weights[2] < 0.1 * min(weights[:2])  # the loud one
     assert max(errors["aligned_mtl"]) < 0.8 * max(errors["linear_scalarization"])
-    assert conclusion.startswith("The worst task is best with aligned_mtl")
+    assert "with aligned_mtl" in conclusion
 
 
 def test_per_task_gradients_of_the_example_are_those_of_each_minibatch():
