@@ -206,7 +206,16 @@ def test_standard_error_is_that_of_the_mean():
 # --- the house ------------------------------------------------------------------------------------
 
 ROOT = Path(methods.__file__).parent
-STUDIES = ("toy", "stochastic_quadratic", "multimnist", "iwrm", "tabular", "molecules")
+STUDIES = (
+    "toy",
+    "stochastic_quadratic",
+    "multimnist",
+    "iwrm",
+    "tabular",
+    "scenes",
+    "molecules",
+    "metaworld",
+)
 
 
 @pytest.mark.parametrize("study", STUDIES)

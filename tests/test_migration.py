@@ -65,7 +65,9 @@ def calls(table):
     ]
 
 
-@pytest.mark.parametrize("call", calls("TorchJD") + calls("LibMTL, default arguments"))
+@pytest.mark.parametrize(
+    "call", calls("TorchJD") + calls("LibMTL, default arguments") + calls("RL code")
+)
 def test_calls_of_the_tables_exist(call):
     m, k = 3, 2
     made = eval(
@@ -77,7 +79,7 @@ def test_calls_of_the_tables_exist(call):
 
 def test_all_rows_of_the_tables_are_read():
     found = tables()
-    assert set(found) == {"TorchJD", "Jacobian", "LibMTL, default arguments", "copy"}
+    assert set(found) == {"TorchJD", "Jacobian", "LibMTL, default arguments", "copy", "RL code"}
     assert all(re.search(r"`[a-z_]+\(", row[1]) for row in found["TorchJD"])
     assert len(calls("TorchJD")) > len(found["TorchJD"]) > 15
 
@@ -340,3 +342,129 @@ def test_what_the_factor_m_does_to_the_optimizers_behind():
         total = update_of(optax.chain(jaxmtl.pcgrad(), optimizer), rows)
         mean = update_of(optax.chain(jaxmtl.pcgrad(), optax.scale(1 / 2), optimizer), rows)
         np.testing.assert_allclose(total, factor * mean, rtol=1e-5)
+
+
+# --- reinforcement learning -----------------------------------------------------------------------
+
+# Gradients of a critic as the study of Meta-World recorded them (three tasks, 30,150 steps): rows
+# of these norms and cosines.
+NORMS = np.array([1685.564, 1001.13, 2549.207])
+COSINES = np.array([[1.0, 0.1802, 0.1078], [0.1802, 1.0, 0.08253], [0.1078, 0.08253, 1.0]])
+RECORDED = NORMS[:, None] * np.linalg.cholesky(COSINES)
+# The same with the first task turned, so that it conflicts with both others.
+TURNED = RECORDED * np.array([[-1.0], [1.0], [1.0]])
+
+
+@pytest.mark.parametrize("rows", [RECORDED, TURNED], ids=["recorded", "turned"])
+def test_pcgrad_of_mtrl_is_the_mean_of_ours(rows, x64):
+    """By unit gradients with 1e-8 beside the norm, the others in an order for each task."""
+    units = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-8)
+    found = []
+    others = [[j for j in range(3) if j != i] for i in range(3)]
+    for orders in itertools.product(*(list(itertools.permutations(o)) for o in others)):
+        out = rows.copy()
+        for i, order in enumerate(orders):
+            for j in order:
+                out[i] -= min(out[i] @ units[j], 0) * units[j]
+        whole = jnp.asarray([(*order, i) for i, order in enumerate(orders)])
+        weights = jaxmtl.rules.pcgrad.project_in_order(jnp.asarray(rows @ rows.T), whole)
+        np.testing.assert_allclose(weights @ rows / 3, out.mean(0), rtol=1e-8)
+        found.append(out.mean(0))
+    ours = update_of(jaxmtl.pcgrad(reduction="mean"), rows, key=jax.random.key(0))
+    assert min(np.abs(ours / x - 1).max() for x in found) < 1e-8
+    assert (np.ptp(found, axis=0).max() > 0) == (rows is TURNED)
+
+
+def cagrad_for_mtrl(rows, c):
+    """Twenty steps of SGD with momentum on logits, the best of them, and their constants."""
+    m, gramian = len(rows), rows @ rows.T
+    gramian = gramian / np.sqrt(np.diag(gramian) + 1e-4).mean() ** 2
+    products = gramian.mean(1)
+    radius = c * np.sqrt(products.mean() + 1e-4)
+    logits, velocity, best = np.zeros(m), np.zeros(m), (np.inf, None)
+    for _ in range(21):
+        w = np.exp(logits - logits.max())
+        w /= w.sum()
+        length = np.sqrt(w @ gramian @ w + 1e-4)
+        best = min(best, (w @ products + radius * length, tuple(w)))
+        slope = products + radius * gramian @ w / length
+        velocity = 0.5 * velocity + w * (slope - w @ slope)
+        logits = logits - 25 * velocity
+    w = np.array(best[1])
+    length = np.sqrt(w @ gramian @ w + 1e-4)
+    return (1 / m + radius / (length + 1e-4) * w) @ rows / (1 + c**2)
+
+
+@pytest.mark.parametrize("rows", [RECORDED, TURNED], ids=["recorded", "turned"])
+def test_cagrad_for_mtrl(rows, x64):
+    ours = update_of(jaxmtl.cagrad(0.9, rescale="1/(1+c^2)"), rows)
+    theirs = cagrad_for_mtrl(rows, 0.9)
+    # At the recorded gradients one weight is 0, which twenty steps of a softmax do not reach.
+    apart = np.linalg.norm(ours - theirs) / np.linalg.norm(ours)
+    assert apart < (0.01 if rows is RECORDED else 2e-4)
+    assert "0.8 % apart" in TEXT
+    # Exact: (g_0 + l g_w) / (1 + l) with l = c |g_0| / |g_w|, a positive multiple of ours.
+    g0 = rows.mean(0)
+    plain = update_of(jaxmtl.cagrad(0.9), rows)
+    step = plain - g0
+    assert np.isclose(np.linalg.norm(step), 0.9 * np.linalg.norm(g0))
+    weights = np.linalg.solve(rows.T, step)
+    weights = np.maximum(weights, 0) / weights.sum()
+    share = 0.9 * np.linalg.norm(g0) / np.linalg.norm(weights @ rows)
+    exact = (g0 + share * weights @ rows) / (1 + share)
+    np.testing.assert_allclose(exact * (1 + share), plain, rtol=1e-6)
+
+
+def first_weights(rule, rows, losses, steps=1):
+    """Returns the weights after so many steps on the same gradients."""
+    weighting = rule.weighting
+    state, gramian = weighting.init(), jnp.asarray(rows @ rows.T)
+    for _ in range(steps + 1):
+        weights, state = weighting.update(gramian, state, losses=jnp.asarray(losses))
+    return np.asarray(weights)
+
+
+def test_gradnorm_of_mtrl_is_that_of_alpha_0(x64):
+    """L1 of the norms to their mean, whatever the losses: l_0 is that of the step itself."""
+    rate, m = 1e-6, 3
+    norms = NORMS
+    signs = np.sign(norms - norms.mean())  # at weights 1
+    theirs = 1 - rate * np.sign(signs * norms / m)  # Adam's first step
+    ours = first_weights(
+        jaxmtl.gradnorm(0.0, optimizer=optax.adam(rate), num_tasks=3), RECORDED, np.ones(3)
+    )
+    np.testing.assert_allclose(ours, m * theirs / theirs.sum(), rtol=1e-12)
+    assert np.ptp(ours) > rate
+
+
+def gradnorm_of_metaworld(weights, norms, ratios, alpha):
+    """The derivative of their objective, through the target, by central differences."""
+
+    def objective(w):
+        target = np.mean(w * norms) * ratios**alpha
+        return np.abs(w * norms - target).sum()
+
+    return np.array(
+        [
+            (objective(weights + d) - objective(weights - d)) / 2e-6
+            for d in 1e-6 * np.eye(len(norms))
+        ]
+    )
+
+
+def test_gradnorm_of_metaworld_algorithms(x64):
+    rate, alpha = 0.01, 0.12
+    rule = jaxmtl.gradnorm(alpha, optimizer=optax.sgd(rate / NORMS.max()), num_tasks=2)
+    rows, norms = RECORDED[:2], NORMS[:2]
+    theirs = 1 - rate / NORMS.max() * gradnorm_of_metaworld(np.ones(2), norms, np.ones(2), alpha)
+    theirs *= 2 / theirs.sum()  # used at once; here from the next step on
+    np.testing.assert_allclose(first_weights(rule, rows, np.ones(2)), theirs, rtol=1e-6)
+    np.testing.assert_array_equal(first_weights(rule, rows, np.ones(2), steps=0), np.ones(2))
+
+    # With ratios other than 1, or three tasks, the derivative of the target does not vanish.
+    def stopped(norms, ratios):
+        return np.sign(norms - norms.mean() * ratios**alpha) * norms
+
+    for norms, ratios in ((NORMS[:2], np.array([0.5, 1.5])), (NORMS, np.ones(3))):
+        found = gradnorm_of_metaworld(np.ones(len(norms)), norms, ratios, alpha)
+        assert np.abs(found - stopped(norms, ratios)).max() > 0.01 * norms.max()
