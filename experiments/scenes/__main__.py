@@ -1,0 +1,139 @@
+"""The command line of the scenes."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from experiments.scenes.benchmarks import BENCHMARKS
+from experiments.scenes.data import Arrays, Source, load_folder, make_up
+from experiments.scenes.methods import METHODS, SINGLE
+from experiments.scenes.networks import NETWORKS
+from experiments.scenes.report import claims, report
+from experiments.scenes.train import Checkpoint, Options, train
+from experiments.study import Job, Part, Record, Results, Say, Study, config_of
+
+# In the order in which a run that is cut short is of most use.
+DEFAULT = (
+    *("linear_scalarization", SINGLE, "upgrad", "aligned_mtl", "ldc_mtl", "famo", "cagrad"),
+    *("nash_mtl", "uncertainty_weighting", "mgda"),
+)
+# A method of each route.
+SMOKE = (SINGLE, "linear_scalarization", "famo", "aligned_mtl", "aligned_mtl_ub")
+# What the papers use: size, batch, Adam's rate.
+SIZES = {"nyuv2": (288, 384), "cityscapes2": (128, 256), "cityscapes3": (256, 512)}
+BATCHES = {"nyuv2": 2, "cityscapes2": 8, "cityscapes3": 8}
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Returns height and width of a text such as 96x128."""
+    if not re.fullmatch(r"\d+x\d+", text):
+        raise argparse.ArgumentTypeError(f"expected height x width such as 96x128, got {text}")
+    height, width = map(int, text.split("x"))
+    return height, width
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """Returns the options of the command line."""
+    if args.network not in BENCHMARKS[args.dataset].networks:
+        raise SystemExit(
+            f"expected a network of {BENCHMARKS[args.dataset].networks} for {args.dataset}, got "
+            f"{args.network}; its targets have another size"
+        )
+    given: dict[str, Any] = {
+        "size": args.size or SIZES[args.dataset],
+        "batch_size": args.batch_size or BATCHES[args.dataset],
+        "epochs": args.epochs or 200,
+        "width": args.width or 64,
+        "levels": 5,
+    }
+    if args.smoke:
+        given |= {"epochs": 2, "batch_size": 2, "size": (32, 32), "width": 2, "levels": 2}
+    height, width = given["size"]
+    factor = 2 ** given["levels"]
+    if height % factor or width % factor:
+        raise SystemExit(
+            f"expected height and width divisible by {factor}, got {height} x {width}; pass "
+            "another --size"
+        )
+    return Options(
+        dataset=args.dataset,
+        network=args.network,
+        learning_rate=args.learning_rate,
+        average=min(10, max(given["epochs"] // 5, 1)),
+        max_steps=args.max_steps,
+        scenes=8 if args.smoke else None,
+        **given,
+    )
+
+
+def plan(args: argparse.Namespace) -> Iterator[Part]:
+    """Yields the part of a data set and a network."""
+    options = options_of(args)
+    benchmark = BENCHMARKS[options.dataset]
+    name = f"{options.dataset}_{options.network}"
+
+    @cache
+    def sources() -> tuple[Source, Source]:
+        if options.scenes:
+            made: list[Arrays] = [
+                make_up(benchmark, options.scenes, options.size, seed) for seed in (0, 1)
+            ]
+            return made[0], made[1]
+        load = partial(load_folder, benchmark, args.data_dir, size=options.size)
+        return load(split="train"), load(split="val")
+
+    def run(method: str, seed: int, tasks: tuple[str, ...], say: Say) -> list[Record]:
+        label = f"{method}-{'-'.join(tasks)}-{seed}"
+        checkpoint = Checkpoint(args.out / "scenes" / "checkpoints" / f"{name}-{label}.npz")
+        if not args.resume:
+            checkpoint.remove()
+        record = train(options, method, seed, tasks, sources(), checkpoint, say)
+        # The record is written before the checkpoint goes: see ``finish``.
+        finished.append(checkpoint)
+        return [record]
+
+    finished: list[Checkpoint] = []
+
+    def jobs(results: Results) -> Iterator[Job]:
+        done = [(r["method"], r["seed"], tuple(r["tasks"])) for r in results.records]
+        for seed in args.seeds_only or range(args.seeds or (2 if args.smoke else 1)):
+            for method in args.methods or (SMOKE if args.smoke else DEFAULT):
+                groups = [(t,) for t in benchmark.tasks] if method == SINGLE else [benchmark.tasks]
+                for tasks in groups:
+                    if (method, seed, tasks) not in done:
+                        label = f"{method} seed {seed}"
+                        yield Job(label, partial(run, method, seed, tasks), options.epochs)
+
+    yield Part(name, jobs, [config_of(options)])
+    for checkpoint in finished:
+        checkpoint.remove()
+
+
+study = Study(
+    name="scenes",
+    commands=("--out experiments/results --dataset nyuv2 --network mtan --size 96x128 --width 8",),
+    methods=(SINGLE, *METHODS),
+    figures=(),
+    plan=plan,
+    report=report,
+    claims=claims,
+    options={
+        "--dataset": {"choices": BENCHMARKS, "default": "nyuv2"},
+        "--network": {"choices": NETWORKS, "default": "mtan"},
+        "--data-dir": {"help": "folder of the data set"},
+        "--size": {"type": size_of, "metavar": "HxW", "help": "by default the papers'"},
+        "--width": {"type": int, "help": "channels of the first level; by default 64"},
+        "--batch-size": {"type": int, "help": "by default the papers'"},
+        "--epochs": {"type": int, "help": "by default 200"},
+        "--learning-rate": {"type": float, "default": 1e-4},
+        "--max-steps": {"type": int, "help": "per epoch, for trials"},
+        "--seeds-only": {"type": int, "nargs": "+", "help": "these seeds"},
+    },
+)
+
+if __name__ == "__main__":
+    study.main()

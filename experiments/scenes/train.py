@@ -1,0 +1,484 @@
+"""The training of one network by one method, and what is recorded of it."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxmtl
+from experiments.scenes.benchmarks import (
+    BENCHMARKS,
+    LOSSES,
+    Batch,
+    Benchmark,
+    Counted,
+    count,
+    measure,
+    table_row,
+)
+from experiments.scenes.data import Source, prepare, read_ahead
+from experiments.scenes.methods import METHODS, SINGLE, Entry, Known
+from experiments.scenes.networks import NETWORKS, Predictions, is_own, last_shared_layer
+from experiments.study import Record, Say, config_of
+
+BLANK = np.zeros((1, 32, 32, 3), np.float32)  # an image of any size, to make parameters
+Params = Any
+Stats = Any  # running averages of BatchNorm
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the outcome of a run, besides method and seed."""
+
+    dataset: str
+    network: str
+    size: tuple[int, int]
+    width: int
+    levels: int
+    batch_size: int
+    epochs: int
+    learning_rate: float  # of Adam; halved after half the epochs
+    average: int  # the last epochs, over whose metrics a result is the mean
+    max_steps: int | None = None  # per epoch, for trials
+    scenes: int | None = None  # made-up ones in place of the data set, for smoke runs
+
+
+class State(NamedTuple):
+    """What a training carries from step to step."""
+
+    params: Params
+    stats: Stats
+    rule: Any  # of the method
+    optimizer: Any
+    after: jax.Array  # (m,) losses of the last batch at the parameters to which its step led
+
+
+Step = Callable[[State, Batch, jax.Array], tuple[State, Record]]
+
+
+class Training(NamedTuple):
+    """A compiled training."""
+
+    init: Callable[[jax.Array], State]
+    step: Step
+    aggregator: Any
+
+
+@cache
+def network_of(options: Options, tasks: tuple[str, ...]) -> nn.Module:
+    """Returns the network for some of the tasks."""
+    outputs = tuple(o for o in BENCHMARKS[options.dataset].outputs if o.task in tasks)
+    return NETWORKS[options.network](outputs, width=options.width, levels=options.levels)
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+class Model:
+    """A network as functions of parameters, statistics and a batch."""
+
+    def __init__(self, network: nn.Module, tasks: tuple[str, ...]):
+        """Binds a network."""
+        self.network, self.tasks = network, tasks
+
+    def _apply(self, params: Params, stats: Stats, *args: Any, method: str) -> tuple[Any, Stats]:
+        variables = {"params": params, "batch_stats": stats}
+        made, new = self.network.apply(variables, *args, True, method=method, mutable="batch_stats")
+        return made, new["batch_stats"]
+
+    def stacked(self, predictions: Predictions, batch: Batch) -> jax.Array:
+        """Returns the losses (m,) of predictions."""
+        return jnp.stack([LOSSES[task](predictions[task], batch[task]) for task in self.tasks])
+
+    def losses(self, params: Params, stats: Stats, batch: Batch) -> tuple[jax.Array, Stats]:
+        """Returns the losses (m,) and the new statistics."""
+        made, new = self._apply(params, stats, batch["image"], method="__call__")
+        return self.stacked(made, batch), new
+
+    def loss(self, task: int) -> Callable[..., tuple[jax.Array, Stats]]:
+        """Returns the loss of one task as a function of its own.
+
+        The passes forward are one in the compiled program, and backwards only what the task reads
+        is passed: less work than a cotangent of zeros for each of the other towers.
+        """
+
+        def of_task(params: Params, inputs: tuple[Stats, Batch]) -> tuple[jax.Array, Stats]:
+            losses, new = self.losses(params, *inputs)
+            return losses[task], new
+
+        return of_task
+
+    def encode(self, params: Params, stats: Stats, batch: Batch) -> jax.Array:
+        """Returns z."""
+        z: jax.Array = self._apply(params, stats, batch["image"], method="features")[0]
+        return z
+
+    def losses_of_features(
+        self, params: Params, z: jax.Array, stats: Stats, batch: Batch
+    ) -> tuple[jax.Array, Stats]:
+        """Returns the losses (m,) from z, and the new statistics."""
+        # The encoder's statistics: its pass is that of ``encode``, once in the compiled program.
+        _, new = self._apply(params, stats, batch["image"], method="features")
+        made, new = self._apply(params, jax.lax.stop_gradient(new), z, method="predict")
+        return self.stacked(made, batch), new
+
+    def rows(self, params: Params, stats: Stats, batch: Batch) -> tuple[Any, Any]:
+        """Returns the losses (m,) with the new statistics, and the Jacobian."""
+        m = len(self.tasks)
+        functions = tuple(self.loss(i) for i in range(m))
+        of_rows = jaxmtl.value_and_jacobian(functions, has_aux=True)
+        (losses, stats_of), jacobian = of_rows(params, ((stats, batch),) * m)
+        return (jnp.asarray(losses), stats_of[0]), jacobian
+
+
+def make_direction(model: Model, entry: Entry, aggregator: Any) -> tuple[Callable[..., Any], Any]:
+    """Returns init and a function to losses, statistics, gradients and the method's state."""
+    m = len(model.tasks)
+    if entry.route == "rows":
+        rule = optax.partition(
+            {"shared": aggregator, "own": jaxmtl.linear_scalarization(jnp.ones(m))},
+            lambda params: jax.tree.map_with_path(
+                lambda path, _: "own" if is_own(path) else "shared", params
+            ),
+        )
+
+        def by_rows(params: Params, state: Any, stats: Stats, batch: Batch, **extra: Any) -> Any:
+            (losses, new), jacobian = model.rows(params, stats, batch)
+            grads, state = rule.update(jacobian, state, params, losses=losses, **extra)
+            return losses, new, grads, state
+
+        return (lambda params, stats, batch: rule.init(params)), by_rows
+
+    if entry.route == "features":
+        one_pass = jaxmtl.value_and_grad(
+            model.losses_of_features, aggregator, encoder=model.encode, has_aux=True
+        )
+    elif entry.route == "layer":
+        layer = last_shared_layer(model.network)
+        one_pass = jaxmtl.value_and_grad(
+            model.losses,
+            aggregator,
+            has_aux=True,
+            shared=lambda path: tuple(str(p.key) for p in path[: len(layer)]) == layer,
+        )
+    else:
+        one_pass = jaxmtl.value_and_grad(model.losses, aggregator, has_aux=True)
+
+    def by_weights(params: Params, state: Any, stats: Stats, batch: Batch, **extra: Any) -> Any:
+        ((losses, new), state), grads = one_pass(params, state, stats, batch, **extra)
+        return losses, new, grads, state
+
+    def init(params: Params, stats: Stats, batch: Batch) -> Any:
+        if entry.route == "features":
+            z = jax.eval_shape(model.encode, params, stats, batch)
+            return aggregator.init(jnp.zeros(z.shape, z.dtype))
+        return aggregator.init(params)
+
+    return init, by_weights
+
+
+@cache
+def make_init(network: nn.Module) -> Callable[[jax.Array], tuple[Params, Stats]]:
+    """Returns a compiled function from a key to parameters and statistics."""
+
+    def init(key: jax.Array) -> tuple[Params, Stats]:
+        variables = network.init(key, jnp.asarray(BLANK), False)
+        return variables["params"], variables["batch_stats"]
+
+    # Draws for a hundred leaves, run once: not worth the time of an optimizing compiler.
+    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_training(
+    options: Options, tasks: tuple[str, ...], entry: Entry, steps_per_epoch: int, sample: Batch
+) -> Training:
+    """Returns the training of a method; ``sample`` is a raw batch, whose shapes count."""
+    network = network_of(options, tasks)
+    model, m = Model(network, tasks), len(tasks)
+    rate = optax.piecewise_constant_schedule(
+        options.learning_rate, {max(options.epochs // 2, 1) * steps_per_epoch: 0.5}
+    )
+    # As one vector: a kernel for each of the many small leaves compiles long and runs no faster.
+    optimizer = optax.flatten(optax.adam(rate))
+    batch_shapes = jax.eval_shape(prepare, sample)
+    z = jax.eval_shape(
+        lambda: network.init_with_output(jax.random.key(0), BLANK, False, method="features")[0]
+    )
+    aggregator = entry.build(m, Known(options.dataset, z.shape[-1], rate))
+    init_rule, direction = make_direction(model, entry, aggregator)
+    wants_after = "previous_batch_losses" in entry.method.inputs
+
+    def init(key: jax.Array) -> State:
+        params, stats = make_init(network)(key)
+        batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch_shapes)
+        rule = init_rule(params, stats, batch)
+        return State(params, stats, rule, optimizer.init(params), jnp.zeros(m))
+
+    def step(state: State, raw: Batch, key: jax.Array) -> tuple[State, Record]:
+        params, stats, rule, opt_state, after = state
+        draw, rule_key = jax.random.split(key)
+        batch = prepare(raw, draw)
+        extra = {"previous_batch_losses": after} if wants_after else {}
+        losses, new, grads, rule = direction(params, rule, stats, batch, key=rule_key, **extra)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = jaxmtl.apply_updates(params, updates)
+        if wants_after:
+            after, _ = model.losses(params, stats, batch)
+        log = {"losses": losses}
+        if (weights := logged_weights(rule)) is not None:
+            log["weights"] = weights
+        return State(params, new, rule, opt_state, after), log
+
+    return Training(init, jax.jit(step, donate_argnums=0), aggregator)
+
+
+def logged_weights(state: Any) -> jax.Array | None:
+    """Returns the weights that a method logs in its state, None if it has none."""
+    found = optax.tree.get_all_with_path(state, "mtl_weights")
+    return found[0][1] if len(found) == 1 else None
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+@cache
+def make_evaluate(network: nn.Module) -> Callable[..., Counted]:
+    """Returns the compiled metrics of a raw batch."""
+
+    def evaluate(params: Params, stats: Stats, raw: Batch, kept: jax.Array) -> Counted:
+        batch = prepare(raw)
+        variables = {"params": params, "batch_stats": stats}
+        predictions: Any = network.apply(variables, batch["image"], False)
+        return count(predictions, batch, kept)
+
+    return jax.jit(evaluate)
+
+
+@cache
+def make_probe(network: nn.Module, tasks: tuple[str, ...]) -> Callable[..., Any]:
+    """Returns the compiled losses and Gramian, heads left out, of a raw batch as it is."""
+    model = Model(network, tasks)
+
+    def probe(params: Params, stats: Stats, raw: Batch) -> tuple[jax.Array, jax.Array]:
+        (losses, _), jacobian = model.rows(params, stats, prepare(raw))
+        leaves = jax.tree.leaves_with_path(jacobian)
+        return losses, jaxmtl.gramian([leaf for path, leaf in leaves if not is_own(path)])
+
+    return jax.jit(probe)
+
+
+# Methods whose weights are a function of the Gramian alone.
+WEIGH_BY_GRAMIAN = ("mgda", "cagrad", "imtl_g", "nash_mtl", "fairgrad", "upgrad")
+
+
+def balanced(name: str, aggregator: Any, gramian: jax.Array, state: Any) -> jax.Array | None:
+    """Returns the Gramian of the rows that a method makes of the gradients, None if it is unknown.
+
+    Rows are w_i g_i for methods that weigh, with the weights for this Gramian where it alone
+    decides them, else those of the last step; the projected rows of PCGrad for one draw; the
+    orthogonal rows of Aligned-MTL.
+    """
+    coefficients: Any
+    if name == "aligned_mtl":
+        coefficients = jaxmtl.metrics.aligned_coefficients(gramian)
+    elif name == "pcgrad":
+        coefficients = jaxmtl.metrics.pcgrad_coefficients(gramian, jax.random.key(0))
+    elif name in WEIGH_BY_GRAMIAN:
+        coefficients, _ = aggregator.weighting.update(gramian, aggregator.weighting.init())
+    elif name == "linear_scalarization":
+        return gramian
+    else:
+        coefficients = logged_weights(state)
+    return None if coefficients is None else jaxmtl.metrics.balanced_gramian(gramian, coefficients)
+
+
+def figures_of(gramian: jax.Array) -> dict[str, jax.Array]:
+    """Returns the quantities of Aligned-MTL's figures 4 and 7, the least favorable pair's."""
+    pairs = np.triu_indices(gramian.shape[0], 1)
+    return {
+        "condition": jaxmtl.metrics.condition_number(gramian, nonzero=True),
+        "norm_ratio": jaxmtl.metrics.norm_ratio(gramian),
+        "least_cosine": jnp.min(jaxmtl.metrics.cosine_similarities(gramian)[pairs]),
+        "least_similarity": jnp.min(jaxmtl.metrics.gradient_magnitude_similarity(gramian)[pairs]),
+    }
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+def batches(size: int, options: Options, rng: np.random.Generator) -> np.ndarray:
+    """Returns the scenes (steps, b) of the minibatches of an epoch; what does not fill one is out."""
+    steps = size // options.batch_size
+    if steps == 0:
+        raise ValueError(
+            f"expected at least {options.batch_size} scenes for a batch, got {size}; pass a smaller "
+            "--batch-size"
+        )
+    order = rng.permutation(size)[: steps * options.batch_size]
+    return order.reshape(steps, options.batch_size)[: options.max_steps]
+
+
+def evaluate(
+    network: nn.Module, benchmark: Benchmark, state: State, source: Source, options: Options
+) -> list[float]:
+    """Returns the metrics of a split, in the order of the benchmark's columns."""
+    compiled, b = make_evaluate(network), options.batch_size
+    padded = np.arange(-(-source.size // b) * b).reshape(-1, b)
+    counted = []
+    for index, raw in zip(
+        padded, read_ahead(source, np.minimum(padded, source.size - 1), None), strict=True
+    ):
+        part = compiled(state.params, state.stats, raw, jnp.asarray(index < source.size))
+        counted.append(jax.device_get(part))
+    return [round(value, 5) for value in table_row(benchmark, measure(counted))]
+
+
+class Checkpoint:
+    """A file with the state after an epoch, and the history up to it."""
+
+    def __init__(self, path: Path):
+        """Names the file."""
+        self.path = path
+
+    def save(self, state: State, history: Sequence[Record]) -> None:
+        """Writes it, in one move: an interrupted run leaves the last one whole."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.npz")
+        leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        np.savez(partial, history=json.dumps(list(history)), **leaves)
+        partial.replace(self.path)
+
+    def load(self, like: State) -> tuple[State, list[Record]]:
+        """Returns state and history, the given state and no history if there is no file."""
+        if not self.path.exists():
+            return like, []
+        leaves, tree = jax.tree.flatten(like)
+        with np.load(self.path) as file:
+            arrays = [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
+            history: list[Record] = json.loads(str(file["history"]))
+        shapes = [x.shape for x in leaves]
+        if [a.shape for a in arrays] != shapes:
+            raise SystemExit(
+                f"expected the state of this run in {self.path}, got that of another; delete it"
+            )
+        return jax.tree.unflatten(tree, [jnp.asarray(a) for a in arrays]), history
+
+    def remove(self) -> None:
+        """Deletes the file of a run that is recorded."""
+        self.path.unlink(missing_ok=True)
+
+
+def train(
+    options: Options,
+    method: str,
+    seed: int,
+    tasks: tuple[str, ...],
+    sources: tuple[Source, Source],
+    checkpoint: Checkpoint,
+    say: Say,
+) -> Record:
+    """Trains a network and returns the record of it.
+
+    Args:
+      options: Of the run.
+      method: In ``METHODS``, or single_task with one task.
+      seed: Decides initial parameters, minibatches and augmentation.
+      tasks: What is learnt.
+      sources: For training and validation.
+      checkpoint: From which it goes on, and to which it writes after every epoch.
+      say: Called after each epoch.
+    """
+    benchmark, (train_split, held_out) = BENCHMARKS[options.dataset], sources
+    network = network_of(options, tasks)
+    steps = len(batches(train_split.size, options, np.random.default_rng(0)))
+    probes = np.arange(2 * options.batch_size) % train_split.size
+    probe_batches = [
+        {k: v for k, v in train_split.read(index, None).items() if k in ("image", *tasks)}
+        for index in np.split(probes, 2)
+    ]
+    entry = METHODS["linear_scalarization" if method == SINGLE else method]
+    training = make_training(options, tasks, entry, steps, probe_batches[0])
+    key = jax.random.key(seed)
+    state, history = checkpoint.load(training.init(key))
+    gradients = make_gradients(method, network, tasks, training.aggregator)
+    label = method if method != SINGLE else f"{method} ({tasks[0]})"
+    say("", len(history))
+    for epoch in range(len(history), options.epochs):
+        begin = time.perf_counter()
+        state, log = run_epoch(training, options, train_split, tasks, state, seed, epoch)
+        seconds = time.perf_counter() - begin
+        row = evaluate(network, benchmark, state, held_out, options)
+        log |= {"metrics": row, "seconds": round(seconds, 1)}
+        if len(tasks) > 1:
+            log |= gradients(state, probe_batches)
+        history.append(log)
+        checkpoint.save(state, history)
+        shown = ", ".join(
+            f"{metric.name} {value:.4g}"
+            for metric, value in zip(benchmark.metrics, row, strict=True)
+            if metric.task in tasks
+        )
+        say(f"{label}, seed {seed}, epoch {epoch + 1}/{options.epochs}: {shown} ({seconds:.0f} s)")
+    return {
+        "method": method,
+        "tasks": list(tasks),
+        "seed": seed,
+        "config": config_of(options),
+        "result": np.mean([log["metrics"] for log in history[-options.average :]], axis=0).tolist(),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "history": history,
+    }
+
+
+def run_epoch(
+    training: Training,
+    options: Options,
+    source: Source,
+    tasks: tuple[str, ...],
+    state: State,
+    seed: int,
+    epoch: int,
+) -> tuple[State, Record]:
+    """Returns the state after an epoch, and the means of what its steps logged."""
+    rng = np.random.default_rng((seed, epoch))
+    order = batches(source.size, options, rng)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch + 1), len(order))
+    logs = []
+    for key, raw in zip(keys, read_ahead(source, order, rng), strict=True):
+        raw = {name: x for name, x in raw.items() if name in ("image", *tasks)}
+        state, log = training.step(state, raw, key)
+        logs.append(log)
+    means = jax.tree.map(lambda *xs: np.mean([np.asarray(x) for x in xs], axis=0), *logs)
+    return state, {name: np.round(x.astype(np.float64), 6).tolist() for name, x in means.items()}
+
+
+def make_gradients(
+    method: str, network: nn.Module, tasks: tuple[str, ...], aggregator: Any
+) -> Callable[[State, Sequence[Batch]], Record]:
+    """Returns quantities of the raw and the balanced gradients, means over raw batches."""
+    probe = make_probe(network, tasks)
+
+    @jax.jit
+    def quantities(gramian: jax.Array, rule: Any) -> dict[str, dict[str, jax.Array]]:
+        rows = balanced(method, aggregator, gramian, rule)
+        found = {"raw": figures_of(gramian)}
+        return found if rows is None else found | {"balanced": figures_of(rows)}
+
+    def gradients(state: State, raws: Sequence[Batch]) -> Record:
+        found = [
+            jax.device_get(quantities(probe(state.params, state.stats, raw)[1], state.rule))
+            for raw in raws
+        ]
+        return jax.tree.map(lambda *xs: round(float(np.mean(xs)), 5), *found)
+
+    return gradients
