@@ -16,7 +16,8 @@ class Claim(NamedTuple):
     verdict: str  # one of VERDICTS, decided by the records and not by hand
 
 
-VERDICTS = ("reproduced", "partly", "not")
+NO_DATA = "no data"  # what it takes is not at hand; ``ours`` is the command that would
+VERDICTS = ("reproduced", "partly", "not", NO_DATA)
 
 
 def judge(conditions: Iterable[bool]) -> str:
@@ -54,3 +55,8 @@ def listed(
 def claim(text: str, source: str, ours: str, conditions: Iterable[bool], paper: str = "") -> Claim:
     """Returns a claim with the verdict of its conditions."""
     return Claim(text, source, paper, ours, judge(conditions))
+
+
+def not_runnable(text: str, source: str, command: str, paper: str = "") -> Claim:
+    """Returns a claim whose data are not at hand, with the command for those who have them."""
+    return Claim(text, source, paper, f"not runnable here: data; `{command}`", NO_DATA)

@@ -76,6 +76,7 @@ def make_page(folder: Path) -> str:
         "mean ± standard error over seeds. A verdict is *reproduced* if every condition that the",
         "study derives from the claim holds in its records, *partly* if some do, *not* if none",
         "does; the conditions stand in the study's `claims`, what was tried in its `notes.md`.",
+        "*No data*: what it takes is not at hand; the command that would decide it is given.",
         "",
         *markdown([("study", *VERDICTS), *counts]),
         "",

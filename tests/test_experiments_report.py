@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("flax", reason="the extra `experiments` is not installed")
 
 from experiments import report
-from experiments.claims import VERDICTS, Claim, judge
+from experiments.claims import NO_DATA, VERDICTS, Claim, judge
 
 
 def test_the_committed_page_is_made_of_the_committed_results():
@@ -48,7 +48,8 @@ def test_no_results_no_claims(tmp_path):
 
 
 def test_a_verdict_is_judged():
-    assert [judge(x) for x in ([True, True], [True, False], [False])] == list(VERDICTS)
+    judged = [judge(x) for x in ([True, True], [True, False], [False])]
+    assert [*judged, NO_DATA] == list(VERDICTS)
     with pytest.raises(ValueError, match="expected a verdict of"):
         report.claims_table([Claim("a", "b", "", "c", "surely")])
     row = report.claims_table([Claim("|x| shrinks", "eq.\n1", "", "1", "not")])[-1]

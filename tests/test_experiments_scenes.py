@@ -1,14 +1,32 @@
 """The study of scenes: networks, loaders, losses and metrics, training, report."""
 
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
-from experiments.scenes import data, networks  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import jaxmtl  # noqa: E402
+from experiments.scenes import convert, data, networks, weights  # noqa: E402
 from experiments.scenes.benchmarks import BENCHMARKS, LOSSES, count, measure  # noqa: E402
+from experiments.scenes.methods import METHODS, Known  # noqa: E402
+from experiments.scenes.train import (  # noqa: E402
+    Model,
+    Options,
+    make_init,
+    make_training,
+    network_of,
+)
 
 # --- losses and metrics ---------------------------------------------------------------------------
 
@@ -276,9 +294,7 @@ def mtan_count(f, outputs):
 
 def shapes_of(network, size=(32, 64)):
     x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-    return jax.eval_shape(
-        lambda x: network.init_with_output(jax.random.key(0), x, False), x
-    )
+    return jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x, False), x)
 
 
 def number(params):
@@ -319,8 +335,691 @@ def test_attention_sees_the_channels_described():
     assert seen["decoder"] == [
         (1, 1, a, b) for a, b in ((128, 64), (192, 64), (384, 128), (768, 256), (1024, 512))
     ]
-    shared = [params[f"tower_{way}_{i}"]["conv"]["kernel"].shape[2:] for way in ("down", "up") for i in range(5)]
+    shared = [
+        params[f"tower_{way}_{i}"]["conv"]["kernel"].shape[2:]
+        for way in ("down", "up")
+        for i in range(5)
+    ]
     assert shared == [
         *((64, 128), (128, 256), (256, 512), (512, 512), (512, 512)),
         *((64, 64), (128, 64), (256, 128), (512, 256), (512, 512)),
     ]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+NETWORK_OF = {"nyuv2": "mtan", "cityscapes2": "segnet", "cityscapes3": "pspnet"}
+
+
+def tiny(dataset, network=None, **given):
+    """Options of a network that compiles in seconds."""
+    network = network or NETWORK_OF[dataset]
+    size = (32, 32) if network == "pspnet" else (8, 8)
+    return Options(
+        dataset,
+        network,
+        size,
+        width=2,
+        levels=1,
+        batch_size=2,
+        epochs=2,
+        learning_rate=1e-2,
+        average=1,
+        scenes=4,
+        **given,
+    )
+
+
+@pytest.fixture(scope="module")
+def mtan():
+    """A tiny MTAN on made-up NYUv2: what a rule gets, compiled once."""
+    options = tiny("nyuv2")
+    benchmark = BENCHMARKS["nyuv2"]
+    model = Model(network_of(options, benchmark.tasks), benchmark.tasks)
+    raw = data.make_up(benchmark, 2, options.size).arrays
+    params, stats = make_init(model.network)(jax.random.key(0))
+    batch = data.prepare(raw)
+    (losses, new), jacobian = jax.jit(model.rows)(params, stats, batch)
+    return model, params, stats, batch, losses, new, jacobian
+
+
+def test_rows_are_the_gradients_of_the_losses(mtan):
+    model, params, stats, batch, losses, new, jacobian = mtan
+    (expected, expected_stats), jac = jax.jit(
+        lambda p: (
+            model.losses(p, stats, batch),
+            jax.jacrev(lambda p: model.losses(p, stats, batch)[0])(p),
+        )
+    )(params)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), jacobian, jac)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), new, expected_stats
+    )
+    # A tower and a head belong to a task: the rows of the others are zero.
+    for i in range(3):
+        for name in (f"heads_{i}", f"encoder_mask_{i}_0"):
+            for leaf in jax.tree.leaves(jacobian[name]):
+                assert not np.delete(np.asarray(leaf), i, axis=0).any()
+                assert np.asarray(leaf)[i].any() or leaf.ndim == 2  # a bias before BatchNorm
+
+
+ROWS = [name for name, entry in METHODS.items() if entry.route != "features"]
+
+
+def test_every_method_takes_the_same_jacobian(mtan):
+    _, params, _, _, losses, _, jacobian = mtan
+    shared = [name for name in params if not name.startswith("heads")]
+    rows, params = ({name: tree[name] for name in shared} for tree in (jacobian, params))
+    known = Known("nyuv2", 6, optax.constant_schedule(1e-3))
+    flat = np.concatenate([np.reshape(x, (3, -1)) for x in jax.tree.leaves(rows)], axis=1)
+    for name in ROWS:
+        aggregator = METHODS[name].build(3, known)
+        update, _ = aggregator.update(
+            rows,
+            aggregator.init(params),
+            params,
+            losses=losses,
+            key=jax.random.key(0),
+            previous_batch_losses=jnp.zeros(3),
+        )
+        moved = np.concatenate([np.ravel(x) for x in jax.tree.leaves(update)])
+        assert np.isfinite(moved).all(), name
+        assert moved.any(), name
+        # Within the span of the rows, but for those that choose coordinate by coordinate.
+        if name != "graddrop":
+            weights, *_ = np.linalg.lstsq(flat.T, moved, rcond=None)
+            np.testing.assert_allclose(flat.T @ weights, moved, atol=1e-3 * abs(moved).max())
+
+
+@pytest.mark.parametrize("name", ["famo", "aligned_mtl", "aligned_mtl_ub", "gradnorm"])
+def test_a_compiled_step_of_each_route(mtan, name):
+    model, *_ = mtan
+    options = tiny("nyuv2")
+    raw = data.make_up(BENCHMARKS["nyuv2"], 2, options.size).arrays
+    training = make_training(options, model.tasks, METHODS[name], 2, raw)
+    state = training.init(jax.random.key(0))
+    before = jax.tree.map(np.asarray, state.params)
+    state, log = training.step(state, raw, jax.random.split(jax.random.key(1)))
+    first = log["losses"]
+    for step in range(2, 12):
+        state, log = training.step(state, raw, jax.random.split(jax.random.key(step)))
+    assert log["losses"].sum() < first.sum()  # Adam at 0.01 on two scenes
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    moved = jax.tree.map(lambda x, y: bool((np.asarray(y) != x).any()), before, state.params)
+    assert all(any(jax.tree.leaves(moved[layer])) for layer in moved)
+    if name == "famo":
+        assert (np.asarray(state.after) > 0).all()
+
+
+def test_the_gramian_at_the_features_of_mtan_is_diagonal(mtan):
+    model, params, stats, batch, *_ = mtan
+    _, gramian, _ = jax.jit(
+        jaxmtl.value_and_gramian(model.losses_of_features, encoder=model.encode, has_aux=True)
+    )(params, stats, batch)
+    off = np.asarray(gramian)[~np.eye(3, dtype=bool)]
+    assert np.diagonal(gramian).min() > 0
+    np.testing.assert_array_equal(off, 0)
+
+
+def test_a_pass_of_training_moves_each_running_average_once_per_use(mtan):
+    _, params, _, batch, _, new, _ = mtan
+    x = np.asarray(batch["image"], np.float64)
+    kernel = np.asarray(params["body"]["encoder_0_0"]["conv"]["kernel"], np.float64)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    h, w = x.shape[1:3]
+    y = sum(
+        padded[:, i : i + h, j : j + w] @ kernel[i, j] for i in range(3) for j in range(3)
+    ) + np.asarray(params["body"]["encoder_0_0"]["conv"]["bias"])
+    layer = new["body"]["encoder_0_0"]["norm"]["norm"]
+    np.testing.assert_allclose(layer["mean"], 0.1 * y.mean(axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(layer["var"], 0.9 + 0.1 * y.var(axis=(0, 1, 2)), rtol=1e-4)
+
+
+# --- PSPNet ---------------------------------------------------------------------------------------
+
+
+def test_the_encoder_is_resnet_50():
+    _, variables = shapes_of(networks.PSPNet(NYU, upsample=8))
+    encoder = variables["params"]["encoder"]
+    assert number(encoder) == 23_508_032  # published, without the last layer
+    heads = sum(
+        4 * (2048 * 512 + 2 * 512) + 9 * 4096 * 512 + 2 * 512 + 512 * k + k for k in (13, 1, 3)
+    )
+    assert number(variables["params"]) == 23_508_032 + heads
+    assert encoder["layer3_0"]["conv2"]["kernel"].shape == (3, 3, 256, 256)
+    assert encoder["layer4_2"]["conv3"]["kernel"].shape == (1, 1, 512, 2048)
+    assert sum(name.startswith("layer3_") for name in encoder) == 6
+    assert "downsample_0" in encoder["layer2_0"]
+    assert "downsample_0" not in encoder["layer2_1"]
+
+
+def test_shapes_of_pspnet_are_those_described():
+    net = networks.PSPNet(NYU, upsample=8)
+    x = jax.ShapeDtypeStruct((1, 288, 384, 3), jnp.float32)
+    z, _ = jax.eval_shape(
+        lambda x: net.init_with_output(jax.random.key(0), x, False, method="features"), x
+    )
+    assert z.shape == (1, 36, 48, 2048)
+    predictions, _ = shapes_of(net, (288, 384))
+    assert predictions["normal"].shape == (2, 288, 384, 3)
+    coarse, _ = shapes_of(networks.PSPNet(BENCHMARKS["cityscapes3"].outputs), (256, 512))
+    assert {k: v.shape for k, v in coarse.items()} == {
+        "semantic": (2, 32, 64, 19),
+        "instance": (2, 32, 64, 2),
+        "disparity": (2, 32, 64, 1),
+    }
+
+
+def conv_by_hand(x, kernel, stride=1, dilation=1):
+    """A convolution (h, w, c) with padding that keeps the size of a 3 x 3 one; float64."""
+    size = kernel.shape[0]
+    pad = dilation * (size - 1) // 2
+    x = np.pad(x, ((pad, pad), (pad, pad), (0, 0)))
+    reach = dilation * (size - 1)
+    h, w = ((n - reach - 1) // stride + 1 for n in x.shape[:2])
+    y = np.zeros((h, w, kernel.shape[3]))
+    for i, j in np.ndindex(h, w):
+        for p, q in np.ndindex(size, size):
+            y[i, j] += x[i * stride + p * dilation, j * stride + q * dilation] @ kernel[p, q]
+    return y
+
+
+def test_a_bottleneck_is_its_layers():
+    """A block's output is that of torchvision's layers with their weights, by loops."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 6, 4))
+    block = networks.Bottleneck(2, 1, 2, project=True)
+    variables = block.init(jax.random.key(0), jnp.asarray(x, jnp.float32)[None], False)
+    stats = jax.tree.map(
+        lambda s: jnp.asarray(rng.uniform(0.5, 2, s.shape)), variables["batch_stats"]
+    )
+    params = variables["params"]
+
+    def norm(y, name):
+        s, p = stats[name]["norm"], params[name]["norm"]
+        return (y - s["mean"]) / np.sqrt(np.asarray(s["var"], float) + 1e-5) * p["scale"] + p[
+            "bias"
+        ]
+
+    def conv(y, name, **more):
+        return conv_by_hand(y, np.asarray(params[name]["kernel"], np.float64), **more)
+
+    y = np.maximum(norm(conv(x, "conv1"), "bn1"), 0)
+    y = np.maximum(norm(conv(y, "conv2", dilation=2), "bn2"), 0)
+    y = norm(conv(y, "conv3"), "bn3") + norm(conv(x, "downsample_0"), "downsample_1")
+    made = block.apply(
+        {"params": params, "batch_stats": stats}, jnp.asarray(x, jnp.float32)[None], False
+    )
+    np.testing.assert_allclose(made[0], np.maximum(y, 0), rtol=2e-4, atol=1e-4)
+
+
+def test_dilations_and_strides_are_those_described(monkeypatch):
+    made = {}
+    original = networks.Bottleneck.__call__
+
+    def spy(self, x, train):
+        made[self.name] = (self.stride, self.dilation, self.project)
+        return original(self, x, train)
+
+    monkeypatch.setattr(networks.Bottleneck, "__call__", spy)
+    shapes_of(networks.PSPNet(NYU[:1], width=2, blocks=(2, 2, 3, 3)))
+    assert made == {
+        "layer1_0": (1, 1, True),
+        "layer1_1": (1, 1, False),
+        "layer2_0": (2, 1, True),
+        "layer2_1": (1, 1, False),
+        "layer3_0": (1, 1, True),
+        "layer3_1": (1, 2, False),
+        "layer3_2": (1, 2, False),
+        "layer4_0": (1, 2, True),
+        "layer4_1": (1, 4, False),
+        "layer4_2": (1, 4, False),
+    }
+
+
+def test_adaptive_averages_are_those_of_pytorch():
+    x = np.arange(7.0)
+    # Bins from floor(i 7 / 3) to ceil((i + 1) 7 / 3): [0, 3), [2, 5), [4, 7).
+    np.testing.assert_allclose(networks.average_matrix(7, 3) @ x, [1, 3, 5], rtol=1e-6)
+    np.testing.assert_allclose(networks.average_matrix(2, 3) @ x[:2], [0, 0.5, 1], rtol=1e-6)
+
+
+def torchvision_weights(width, blocks, rng):
+    """A state dict in torchvision's names and shapes, without its order."""
+    made = {}
+
+    def layer(name, out, into, size):
+        made[f"{name}.weight"] = rng.normal(size=(out, into, size, size))
+
+    def norm(name, out):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            made[f"{name}.{part}"] = rng.uniform(0.5, 1.5, out)
+        made[f"{name}.num_batches_tracked"] = np.array(7)
+
+    layer("conv1", width, 3, 7)
+    norm("bn1", width)
+    into = width
+    for stage, count_ in enumerate(blocks, 1):
+        planes = width * 2 ** (stage - 1)
+        for i in range(count_):
+            at = f"layer{stage}.{i}"
+            for k, (out, c, size) in enumerate(
+                ((planes, into, 1), (planes, planes, 3), (4 * planes, planes, 1)), 1
+            ):
+                layer(f"{at}.conv{k}", out, c, size)
+                norm(f"{at}.bn{k}", out)
+            if i == 0:
+                layer(f"{at}.downsample.0", 4 * planes, into, 1)
+                norm(f"{at}.downsample.1", 4 * planes)
+            into = 4 * planes
+    made["fc.weight"], made["fc.bias"] = rng.normal(size=(1000, into)), rng.normal(size=1000)
+    return {k: v.astype(np.int64 if v.ndim == 0 else np.float32) for k, v in made.items()}
+
+
+def write_safetensors(path, arrays):
+    """The published format: length of a JSON header, the header, the bytes."""
+    header, blob = {"__metadata__": {"format": "pt"}}, b""
+    for name, array in arrays.items():
+        end = len(blob) + array.nbytes
+        kind = {"float32": "F32", "int64": "I64"}[array.dtype.name]
+        header[name] = {
+            "dtype": kind,
+            "shape": list(array.shape),
+            "data_offsets": [len(blob), end],
+        }
+        blob += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + blob)
+
+
+def test_weights_of_a_file_reach_their_layers(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = torchvision_weights(2, (1, 1, 1, 1), rng)
+    path = tmp_path / "resnet50.safetensors"
+    write_safetensors(path, arrays)
+    read = weights.read_weights(path)
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+    _, variables = shapes_of(networks.PSPNet(NYU[:1], width=2, blocks=(1, 1, 1, 1)))
+    params, stats = (
+        jax.tree.map(lambda x: jnp.zeros(x.shape), variables[kind])
+        for kind in ("params", "batch_stats")
+    )
+    params, stats = weights.load_encoder(params, stats, read)
+    encoder = params["encoder"]
+    np.testing.assert_array_equal(
+        encoder["layer2_0"]["conv2"]["kernel"][1, 2, 3, 0],
+        arrays["layer2.0.conv2.weight"][0, 3, 1, 2],
+    )
+    np.testing.assert_array_equal(
+        encoder["layer4_0"]["downsample_1"]["norm"]["scale"], arrays["layer4.0.downsample.1.weight"]
+    )
+    np.testing.assert_array_equal(stats["encoder"]["bn1"]["norm"]["var"], arrays["bn1.running_var"])
+    used = {k for k in arrays if not k.startswith("fc") and "num_batches" not in k}
+    assert len(jax.tree.leaves(encoder)) + len(jax.tree.leaves(stats["encoder"])) == len(used)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(params["heads_0"]))  # left as they were
+
+
+def test_weights_that_cannot_be_used_say_why(tmp_path):
+    with pytest.raises(FileNotFoundError, match="correct --weights"):
+        weights.read_weights(tmp_path / "none.safetensors")
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(ValueError, match="expected a file that ends in"):
+        weights.read_weights(tmp_path / "a.bin")
+    (tmp_path / "b.safetensors").write_bytes(b"no header at all")
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        weights.read_weights(tmp_path / "b.safetensors")
+    (tmp_path / "c.pth").touch()
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="expected PyTorch to read"):
+            weights.read_weights(tmp_path / "c.pth")
+    arrays = torchvision_weights(2, (1, 1, 1, 1), np.random.default_rng(0))
+    _, variables = shapes_of(networks.PSPNet(NYU[:1], width=2, blocks=(1, 1, 1, 1)))
+    params, stats = variables["params"], variables["batch_stats"]
+    with pytest.raises(ValueError, match=r"expected layer1.0.conv1.weight among"):
+        weights.load_encoder(
+            params, stats, {k: v for k, v in arrays.items() if k != "layer1.0.conv1.weight"}
+        )
+    arrays["conv1.weight"] = arrays["conv1.weight"][:1]
+    with pytest.raises(ValueError, match=r"expected conv1.weight of shape"):
+        weights.load_encoder(params, stats, arrays)
+
+
+# --- loaders --------------------------------------------------------------------------------------
+
+
+def write_folder(root, dataset, size=(4, 6), number_=2):
+    """MTAN's layout with random scenes; returns the arrays by split, kind and number."""
+    rng = np.random.default_rng(0)
+    label, classes = {"nyuv2": ("label", 13), "cityscapes2": ("label_7", 7)}[dataset]
+    made = {}
+    for split in ("train", "val"):
+        for i in range(number_):
+            normal = rng.normal(size=(*size, 3))
+            normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+            arrays = {
+                "image": rng.integers(0, 256, (*size, 3)) / 255,  # float64, as in MTAN's files
+                label: rng.integers(-1, classes, size).astype(np.float64),
+                "depth": rng.uniform(0, 5, (*size, 1)).astype(np.float32),
+            }
+            if dataset == "nyuv2":
+                arrays["normal"] = normal
+            for kind, array in arrays.items():
+                (root / split / kind).mkdir(parents=True, exist_ok=True)
+                np.save(root / split / kind / f"{i}.npy", array)
+                made[split, kind, i] = array
+    return made
+
+
+@pytest.mark.parametrize("dataset", ["nyuv2", "cityscapes2"])
+def test_mtan_folders_are_read(tmp_path, dataset):
+    made = write_folder(tmp_path, dataset, number_=11)  # "10" comes after "9", not after "1"
+    benchmark = BENCHMARKS[dataset]
+    label = data.FOLDERS[dataset]
+    for split in ("train", "val"):
+        source = data.load_folder(benchmark, tmp_path, split, (4, 6))
+        assert source.size == 11
+        raw = source.read(np.array([10, 2]))
+        batch = data.prepare(raw)
+        assert set(batch) == {"image", *benchmark.tasks}
+        for row, i in enumerate((10, 2)):
+            expected = {"image": "image", "semantic": label, "depth": "depth", "normal": "normal"}
+            for name, x in batch.items():
+                kept = made[split, expected[name], i]
+                np.testing.assert_allclose(x[row], kept, atol=5e-4 if name == "normal" else 1e-6)
+
+
+def change(kind, function):
+    """Returns a change of the first file of a kind."""
+
+    def apply(root):
+        path = root / "train" / kind / "0.npy"
+        np.save(path, function(np.load(path)))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), FileNotFoundError, "expected .*image/0.npy"),
+        (
+            lambda root: shutil.rmtree(root / "train" / "normal"),
+            FileNotFoundError,
+            "needs the folders image, label, depth, normal",
+        ),
+        (
+            lambda root: (root / "train" / "depth" / "1.npy").unlink(),
+            FileNotFoundError,
+            "got 1.npy in only one",
+        ),
+        (change("image", lambda x: x.transpose(2, 0, 1)), ValueError, "channels come last"),
+        (change("label", lambda x: x[:2]), ValueError, r"of shape \(4, 6\), got \(2, 6\)"),
+        (change("depth", lambda x: x[..., 0]), ValueError, r"of shape \(4, 6, 1\)"),
+        (change("image", lambda x: x * 255), ValueError, "between 0 and 1 .* divide by 255"),
+        (change("image", lambda x: x.astype(str)), ValueError, "expected numbers"),
+        (change("label", lambda x: x + 0.5), ValueError, "expected labels -1"),
+        (change("label", lambda x: x * 0 + 255), ValueError, "expected labels -1"),
+        (change("depth", lambda x: -x - 1), ValueError, "at least 0"),
+        (change("depth", lambda x: x * np.nan), ValueError, "expected finite numbers"),
+        (change("normal", lambda x: x * 127), ValueError, "length 1"),
+        (
+            lambda root: (root / "train" / "label" / "0.npy").write_bytes(b"text"),
+            ValueError,
+            "expected an array in",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(tmp_path, spoil, error, text):
+    write_folder(tmp_path, "nyuv2")
+    spoil(tmp_path)
+    with pytest.raises(error, match=text):
+        data.load_folder(BENCHMARKS["nyuv2"], tmp_path, "train", (4, 6))
+
+
+def test_a_missing_folder_says_what_to_pass():
+    with pytest.raises(FileNotFoundError, match=r"experiments.scenes.convert"):
+        data.load_folder(BENCHMARKS["nyuv2"], None, "train", (4, 6))
+    with pytest.raises(FileNotFoundError, match="leftImg8bit, gtFine and disparity"):
+        data.load_tree(BENCHMARKS["cityscapes3"], None, "train", (16, 32))
+
+
+# The archive of NYUv2.
+
+
+def picture(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_archive(path, change=None):
+    """The archive's layout at 8 x 12, with PNG in place of JPEG so that values are exact."""
+    rng = np.random.default_rng(0)
+    normals = np.zeros((8, 12, 3), np.float64)
+    normals[..., 2] = -1
+    normals[:4, :, :2] = (0.6, 0)
+    normals[:4, :, 2] = -0.8
+    normals[:, :4] = 0.1  # too short: undefined
+    scenes = {}
+    for n in (1, 2, 3):
+        label = np.repeat(np.repeat(rng.integers(0, 13, (4, 6)), 2, 0), 2, 1)
+        label[:2, :2] = 255
+        scenes[n] = {
+            "image": np.repeat(np.repeat(rng.integers(0, 256, (4, 6, 3)), 2, 0), 2, 1),
+            "depth": np.repeat(np.repeat(rng.integers(0, 250, (4, 6)), 2, 0), 2, 1),
+            "label": label,
+            "normal": np.round((normals + 1) * 127.5),
+        }
+    members = {"splits.json": json.dumps({"train": [3, 1], "test": [2]}).encode()}
+    for n, kinds in scenes.items():
+        for kind, array in kinds.items():
+            name = f"{kind}/{n:04d}.{convert.KINDS[kind]}"
+            members[name] = picture(array.astype(np.uint8))
+    if change:
+        change(members)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return scenes
+
+
+def test_the_archive_becomes_mtan_folders(tmp_path):
+    scenes = write_archive(tmp_path / "nyu.zip")
+    assert convert.convert(tmp_path / "nyu.zip", tmp_path / "out", (4, 6)) == {"train": 2, "val": 1}
+    for split, numbers in (("train", (3, 1)), ("val", (2,))):
+        for i, n in enumerate(numbers):
+            made = {k: np.load(tmp_path / "out" / split / k / f"{i}.npy") for k in convert.KINDS}
+            label = scenes[n]["label"][::2, ::2]
+            np.testing.assert_array_equal(made["label"], np.where(label == 255, -1, label))
+            depth = scenes[n]["depth"][::2, ::2, None] * 0.04
+            np.testing.assert_allclose(made["depth"], depth, rtol=1e-6)
+            inner = made["image"][1:-1, 1:-1]  # linear: pixels mix with their neighbors
+            assert np.abs(inner - scenes[n]["image"][2:-2:2, 2:-2:2] / 255).mean() < 0.2
+            length = np.linalg.norm(made["normal"], axis=-1)
+            np.testing.assert_allclose(length[:, 3:], 1, rtol=1e-5)
+            assert not length[:, 0].any()
+            np.testing.assert_allclose(made["normal"][0, 4], [0.6, 0, -0.8], atol=0.01)
+            assert all(made[k].dtype == np.float32 for k in ("image", "depth", "normal"))
+    source = data.load_folder(BENCHMARKS["nyuv2"], tmp_path / "out", "train", (4, 6))
+    assert source.size == 2
+
+
+def test_short_normals_are_undefined_and_others_of_length_1():
+    normals = np.array([[0.3, 0.3, 0.1], [0.0, 0.3, -0.4], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    expected = [[0, 0, 0], [0, 0.6, -0.8], [0.5**0.5, 0.5**0.5, 0], [0, 0, 0]]
+    np.testing.assert_allclose(convert.unit_normals(normals), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: m.pop("splits.json"), "expected splits.json"),
+        (lambda m: m.update({"splits.json": b'{"train": []}'}), "expected train and test"),
+        (lambda m: m.pop("depth/0003.png"), "expected depth/0003.png"),
+        (
+            lambda m: m.update({"label/0003.png": picture(np.zeros((3, 3), np.uint8))}),
+            r"at the image's size \(8, 12\)",
+        ),
+        (
+            lambda m: m.update({"depth/0003.png": picture(np.zeros((8, 12, 3), np.uint8))}),
+            "8-bit picture of one channel",
+        ),
+    ],
+)
+def test_what_is_wrong_with_an_archive_is_said(tmp_path, change, text):
+    write_archive(tmp_path / "nyu.zip", change)
+    with pytest.raises(ValueError, match=text):
+        convert.convert(tmp_path / "nyu.zip", tmp_path / "out", (4, 6))
+
+
+def test_a_missing_archive_ends_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="not there"):
+        convert.main([str(tmp_path / "no.zip"), str(tmp_path / "out")])
+    write_archive(tmp_path / "nyu.zip")
+    convert.main([str(tmp_path / "nyu.zip"), str(tmp_path / "big"), "--size", "288x384"])
+    assert "upsampled" in capsys.readouterr().out
+
+
+# Cityscapes' tree.
+
+THINGS = (24, 25, 26, 27, 28, 31, 32, 33)
+
+
+def write_tree(root, size=(32, 64)):
+    """Cityscapes' layout with two scenes in two cities for each split; returns the labels."""
+    rng = np.random.default_rng(0)
+    labels = {}
+    for split in ("train", "val"):
+        for city in ("aachen", "ulm"):
+            scene = f"{city}_000000_000019"
+            label = np.repeat(np.repeat(rng.integers(0, 34, (4, 8)), 8, 0), 8, 1).astype(np.uint8)
+            label[:8, :8] = 26
+            instance = label.astype(np.uint16)
+            instance[np.isin(label, THINGS)] *= 1000
+            instance[:4, :8], instance[4:8, :8] = 26001, 26002
+            pictures = {
+                f"leftImg8bit/{split}/{city}/{scene}_leftImg8bit.png": rng.integers(
+                    0, 256, (*size, 3)
+                ).astype(np.uint8),
+                f"gtFine/{split}/{city}/{scene}_gtFine_labelIds.png": label,
+                f"gtFine/{split}/{city}/{scene}_gtFine_instanceIds.png": instance,
+                f"disparity/{split}/{city}/{scene}_disparity.png": rng.integers(
+                    0, 20000, size
+                ).astype(np.uint16),
+            }
+            for name, array in pictures.items():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(picture(array))
+            labels[split, city] = {
+                Path(name).name.split("_")[-1]: a for name, a in pictures.items()
+            }
+    return labels
+
+
+def test_the_tree_of_cityscapes_is_read(tmp_path):
+    made = write_tree(tmp_path)
+    source = data.load_tree(BENCHMARKS["cityscapes3"], tmp_path, "val", (32, 64))
+    assert source.size == 2
+    raw = source.read(np.array([1, 0]))
+    assert {k: v.shape[1:] for k, v in raw.items()} == {
+        "image": (32, 64, 3),
+        "semantic": (4, 8),
+        "instance": (4, 8, 2),
+        "disparity": (4, 8, 1),
+    }
+    names = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    for row, city in enumerate(("ulm", "aachen")):
+        files = made["val", city]
+        bgr = files["leftImg8bit.png"][..., ::-1].astype(np.float64)
+        expected = (bgr - [123.675, 116.28, 103.53]) / 255
+        np.testing.assert_allclose(raw["image"][row], expected, atol=1e-5)
+        label, instance = files["labelIds.png"], files["instanceIds.png"].astype(int)
+        for i, j in np.ndindex(4, 8):
+            at = 8 * i + 4, 8 * j + 4  # the center of the cell
+            kind = label[at]
+            assert raw["semantic"][row, i, j] == (names.index(kind) if kind in names else 250)
+            disparity = files["disparity.png"][at] / 2729.0680031169923
+            np.testing.assert_allclose(raw["disparity"][row, i, j, 0], disparity, rtol=1e-6)
+            if kind in THINGS:
+                y, x = np.nonzero(instance == instance[at])
+                center = [at[0] - y.mean(), at[1] - x.mean()]
+                np.testing.assert_allclose(raw["instance"][row, i, j], center, atol=1e-4)
+            else:
+                assert (raw["instance"][row, i, j] == 250).all()
+
+
+def test_cityscapes_is_rotated_and_mirrored_with_its_targets(tmp_path):
+    write_tree(tmp_path)
+    source = data.load_tree(BENCHMARKS["cityscapes3"], tmp_path, "train", (32, 64))
+
+    class Draws:
+        """Draws what a test wants."""
+
+        def __init__(self, angle, chance):
+            self.angle, self.chance = angle, chance
+
+        def uniform(self, low, high):
+            assert (low, high) == (-10, 10)
+            return self.angle
+
+        def random(self):
+            return self.chance
+
+    plain = source.read(np.array([0]))
+    same = source.read(np.array([0]), Draws(0.0, 0.9))
+    jax.tree.map(np.testing.assert_array_equal, plain, same)
+    flipped = source.read(np.array([0]), Draws(0.0, 0.1))
+    np.testing.assert_allclose(flipped["image"], plain["image"][:, :, ::-1], atol=1e-6)
+    # The grid's pixel 8 j + 4 lies one beside the middle: compare where blocks are constant.
+    np.testing.assert_array_equal(flipped["semantic"], plain["semantic"][:, :, ::-1])
+    seen = (plain["instance"] != 250).all(axis=-1)[:, :, ::-1]
+    total = flipped["instance"][..., 1] + plain["instance"][:, :, ::-1, 1]
+    np.testing.assert_allclose(total[seen], 1, atol=1e-4)  # x is negated, less that one pixel
+    turned = source.read(np.array([0]), Draws(10.0, 0.9))
+    assert (turned["semantic"][0, 0, 0], turned["disparity"][0, 0, 0, 0]) == (250, 0)  # came in
+    assert (turned["image"] != plain["image"]).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [
+        (
+            lambda root: shutil.rmtree(root / "leftImg8bit"),
+            FileNotFoundError,
+            "unpack leftImg8bit_trainvaltest.zip",
+        ),
+        (
+            lambda root: next((root / "disparity").glob("train/*/*.png")).unlink(),
+            FileNotFoundError,
+            "unpack the archive of disparity",
+        ),
+        (
+            lambda root: next((root / "gtFine").glob("train/*/*labelIds.png")).write_bytes(
+                picture(np.zeros((16, 32), np.uint8))
+            ),
+            ValueError,
+            "of the size of its image, 32 x 64, got 16 x 32",
+        ),
+        (
+            lambda root: next((root / "gtFine").glob("train/*/*instanceIds.png")).write_bytes(
+                picture(np.zeros((32, 64, 3), np.uint8))
+            ),
+            ValueError,
+            "expected .* to be a 16-bit picture, got mode RGB",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_tree_is_said(tmp_path, spoil, error, text):
+    write_tree(tmp_path)
+    spoil(tmp_path)
+
+    def read():
+        data.load_tree(BENCHMARKS["cityscapes3"], tmp_path, "train", (32, 64)).read(np.arange(2))
+
+    with pytest.raises(error, match=text):
+        read()

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from experiments.scenes.benchmarks import BENCHMARKS
-from experiments.scenes.data import Arrays, Source, load_folder, make_up
+from experiments.scenes.data import Arrays, Source, load_folder, load_tree, make_up
 from experiments.scenes.methods import METHODS, SINGLE
 from experiments.scenes.networks import NETWORKS
 from experiments.scenes.report import claims, report
 from experiments.scenes.train import Checkpoint, Options, train
+from experiments.scenes.weights import read_weights
 from experiments.study import Job, Part, Record, Results, Say, Study, config_of
 
 # In the order in which a run that is cut short is of most use.
@@ -48,12 +49,18 @@ def options_of(args: argparse.Namespace) -> Options:
         "batch_size": args.batch_size or BATCHES[args.dataset],
         "epochs": args.epochs or 200,
         "width": args.width or 64,
-        "levels": 5,
+        "levels": args.levels or 5,
+        "pretrained": args.weights is not None,
     }
     if args.smoke:
-        given |= {"epochs": 2, "batch_size": 2, "size": (32, 32), "width": 2, "levels": 2}
+        given |= {"epochs": 2, "batch_size": 2, "size": (32, 32), "width": 2, "levels": 1}
+    if given["pretrained"] and args.network != "pspnet":
+        raise SystemExit(
+            f"expected --weights, those of a ResNet-50, with --network pspnet, got {args.network}; "
+            "leave them out"
+        )
     height, width = given["size"]
-    factor = 2 ** given["levels"]
+    factor = 8 if args.network == "pspnet" else 2 ** given["levels"]
     if height % factor or width % factor:
         raise SystemExit(
             f"expected height and width divisible by {factor}, got {height} x {width}; pass "
@@ -83,15 +90,22 @@ def plan(args: argparse.Namespace) -> Iterator[Part]:
                 make_up(benchmark, options.scenes, options.size, seed) for seed in (0, 1)
             ]
             return made[0], made[1]
-        load = partial(load_folder, benchmark, args.data_dir, size=options.size)
+        loader = load_tree if options.dataset == "cityscapes3" else load_folder
+        load = partial(loader, benchmark, args.data_dir, size=options.size)
         return load(split="train"), load(split="val")
+
+    @cache
+    def weights() -> dict[str, np.ndarray] | None:
+        return read_weights(args.weights) if args.weights else None
 
     def run(method: str, seed: int, tasks: tuple[str, ...], say: Say) -> list[Record]:
         label = f"{method}-{'-'.join(tasks)}-{seed}"
-        checkpoint = Checkpoint(args.out / "scenes" / "checkpoints" / f"{name}-{label}.npz")
+        checkpoint = Checkpoint(
+            args.out / "scenes" / "checkpoints" / f"{name}-{label}.npz", options
+        )
         if not args.resume:
             checkpoint.remove()
-        record = train(options, method, seed, tasks, sources(), checkpoint, say)
+        record = train(options, method, seed, tasks, sources(), checkpoint, say, weights())
         # The record is written before the checkpoint goes: see ``finish``.
         finished.append(checkpoint)
         return [record]
@@ -127,6 +141,12 @@ study = Study(
         "--data-dir": {"help": "folder of the data set"},
         "--size": {"type": size_of, "metavar": "HxW", "help": "by default the papers'"},
         "--width": {"type": int, "help": "channels of the first level; by default 64"},
+        "--levels": {
+            "type": int,
+            "choices": range(1, 6),
+            "help": "of the network, by default all 5",
+        },
+        "--weights": {"help": "torchvision's resnet50 as .safetensors or .pth, for pspnet"},
         "--batch-size": {"type": int, "help": "by default the papers'"},
         "--epochs": {"type": int, "help": "by default 200"},
         "--learning-rate": {"type": float, "default": 1e-4},

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.scenes.networks import Output, Predictions
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # arrays
 UNDEFINED = 250  # in Cityscapes' offsets
 ANGLES = (11.25, 22.5, 30.0)
 

@@ -2,15 +2,16 @@
 
     python -m experiments.scenes.convert nyuv2_256x192.zip DIR --size 96x128
 
-The archive holds ``image/NNNN.jpg``, ``depth/NNNN.png`` (uint8, steps of 4 cm), ``label/NNNN.png``
-(13 classes, 255 is void), ``normal/NNNN.jpg`` (``(n + 1) * 127.5``) and ``splits.json`` with the
-numbers of the official split, all at 192 x 256. ``DIR/{train,val}/{image,label,depth,normal}/i.npy``
-are what it becomes: images in [0, 1], labels with -1 for void, depth in meters with 0 for undefined,
-normals of length 1 or 0 where undefined. The official test images are MTAN's ``val``.
+The archive holds ``image/NNNN.jpg``, ``depth/NNNN.png`` (uint8, steps of 4 cm),
+``label/NNNN.png`` (13 classes, 255 is void), ``normal/NNNN.jpg`` (``(n + 1) * 127.5``) and
+``splits.json`` with the numbers of the official split, all at 192 x 256. It becomes
+``DIR/{train,val}/<kind>/<i>.npy`` with images in [0, 1], labels with -1 for void, depth in meters
+with 0 for undefined, normals of length 1, or 0 where undefined. The official test images are
+MTAN's ``val``.
 
-Images and normals are resized linearly, labels and depth to the nearest pixel. A normal whose length
-is below 0.5, before or after that, is undefined. 288 x 384, the papers' size, is upsampled: such
-files have the papers' shape and not their detail.
+Images and normals are resized linearly, labels and depth to the nearest pixel. A normal whose
+length is below 0.5, before or after that, is undefined. 288 x 384, the papers' size, is upsampled:
+such files have the papers' shape and not their detail.
 """
 
 import argparse
@@ -86,9 +87,10 @@ def read_scene(archive: zipfile.ZipFile, number: int) -> dict[str, np.ndarray]:
         raw[kind] = np.asarray(Image.open(io.BytesIO(data)))
         dims = 3 if kind in ("image", "normal") else 2
         same = raw[kind].shape[:2] == raw["image"].shape[:2]
+        channels = "three channels" if dims == 3 else "one channel"
         if raw[kind].dtype != np.uint8 or raw[kind].ndim != dims or not same:
             raise ValueError(
-                f"expected {name} to be an 8-bit picture of {'three channels' if dims == 3 else 'one channel'} "
+                f"expected {name} to be an 8-bit picture of {channels} "
                 f"at the image's size {raw['image'].shape[:2]}, got {raw[kind].dtype} of shape "
                 f"{raw[kind].shape}; the archive is of another form"
             )
@@ -107,9 +109,10 @@ def convert(archive: Path, out: Path, size: tuple[int, int]) -> dict[str, int]:
       ValueError: The archive is missing or of another form.
     """
     if not zipfile.is_zipfile(archive):
+        what = "no zip file" if Path(archive).exists() else "not there"
         raise ValueError(
-            f"expected a zip file of NYUv2, got {archive}, which is "
-            f"{'no zip file' if Path(archive).exists() else 'not there'}; give the path of the archive"
+            f"expected a zip file of NYUv2, got {archive}, which is {what}; give the path of the "
+            "archive"
         )
     counts = {}
     with zipfile.ZipFile(archive) as file:
@@ -120,7 +123,8 @@ def convert(archive: Path, out: Path, size: tuple[int, int]) -> dict[str, int]:
         splits = json.loads(file.read("splits.json"))
         if not set(FOLDERS) <= set(splits):
             raise ValueError(
-                f"expected train and test in splits.json, got {sorted(splits)}; use the official split"
+                f"expected train and test in splits.json, got {sorted(splits)}; use the official "
+                "split"
             )
         for split, folder in FOLDERS.items():
             for kind in KINDS:

@@ -5,11 +5,12 @@ A *source* gives raw batches on the host, ``prepare`` makes floats of them on th
 the host.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,12 @@ SCALES = (1.0, 1.2, 1.5)
 class Source(Protocol):
     """Scenes of one split."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """Their number."""
+        ...
 
-    def read(self, index: np.ndarray, rng: np.random.Generator | None) -> Raw:
+    def read(self, index: np.ndarray, rng: np.random.Generator | None = None) -> Raw:
         """Returns a raw batch; with ``rng``, augmented where that is done on the host."""
         ...
 
@@ -89,8 +93,8 @@ def load_folder(
     """
     if data_dir is None:
         raise FileNotFoundError(
-            f"expected MTAN's folder of {benchmark.title}, got none; pass --data-dir DIR (python -m "
-            "experiments.scenes.convert makes one of an archive of NYUv2), or --smoke"
+            f"expected MTAN's folder of {benchmark.title}, got none; pass --data-dir DIR (python "
+            "-m experiments.scenes.convert makes one of an archive of NYUv2), or --smoke"
         )
     root = Path(data_dir) / split
     kinds = {"image": "image"}
@@ -129,7 +133,9 @@ def _checked(task: str, path: Path, benchmark: Benchmark, size: tuple[int, int])
     try:
         array = np.load(path)
     except ValueError as error:
-        raise ValueError(f"expected an array in {path}, got {error}; write it by numpy.save") from None
+        raise ValueError(
+            f"expected an array in {path}, got {error}; write it by numpy.save"
+        ) from None
     channels = _CHANNELS.get(task)
     expected = size if channels is None else (*size, channels)
     if array.shape != expected:
@@ -171,6 +177,189 @@ def _checked(task: str, path: Path, benchmark: Benchmark, size: tuple[int, int])
     return array.astype(np.float16)
 
 
+# --- Cityscapes' own tree -----------------------------------------------------------------------
+
+# labelIds of the 19 classes, in the order of their training numbers.
+CLASSES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+STUFF = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23)  # without instances
+MEAN = np.array([123.675, 116.28, 103.53], np.float32)  # taken from BGR in this order
+DISPARITY = np.float32(2729.0680031169923)
+DEGREES = 10.0
+STRIDE = 8  # of the targets
+
+
+class _Files(NamedTuple):
+    """The pictures of one scene."""
+
+    image: Path
+    labels: Path
+    instances: Path
+    disparity: Path
+
+
+@dataclass
+class CityscapesTree:
+    """Scenes that are read, and augmented at full resolution, when they are needed."""
+
+    files: list[_Files]
+    image_size: tuple[int, int]  # of the network's input
+
+    @property
+    def size(self) -> int:
+        """Their number."""
+        return len(self.files)
+
+    def read(self, index: np.ndarray, rng: np.random.Generator | None = None) -> Raw:
+        """Returns a batch of floats; with ``rng`` each scene is rotated and perhaps mirrored."""
+        scenes = [self._scene(self.files[i], rng) for i in index]
+        return {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
+
+    def _scene(self, files: _Files, rng: np.random.Generator | None) -> Raw:
+        from PIL import Image
+
+        pictures = _open(files)
+        if rng is not None:
+            angle, mirrored = rng.uniform(-DEGREES, DEGREES), rng.random() < 0.5
+            for name, picture in pictures.items():
+                kind = Image.Resampling.BILINEAR if name == "image" else Image.Resampling.NEAREST
+                picture = picture.rotate(angle, kind)  # what comes in is 0: black, void, undefined
+                if mirrored:
+                    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                pictures[name] = picture
+        height, width = self.image_size
+        image = pictures["image"].resize((width, height), Image.Resampling.BILINEAR)
+        labels = np.asarray(pictures["labels"])
+        offsets = instance_offsets(labels, np.asarray(pictures["instances"]))
+        disparity = np.asarray(pictures["disparity"], np.float32) / DISPARITY
+        shrink = partial(_shrunk, size=(height // STRIDE, width // STRIDE))
+        return {
+            "image": (np.asarray(image, np.float32)[..., ::-1] - MEAN) / 255,
+            "semantic": training_numbers(shrink(labels)),
+            "instance": shrink(offsets),
+            "disparity": shrink(disparity)[..., None],
+        }
+
+
+def training_numbers(labels: np.ndarray) -> np.ndarray:
+    """Returns labelIds as classes 0 to 18, 250 for all others."""
+    table = np.full(256, UNDEFINED, np.int16)
+    table[list(CLASSES)] = np.arange(len(CLASSES))
+    return table[labels]
+
+
+def instance_offsets(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
+    """Returns each pixel's offset (h, w, 2), y and x, from the center of its instance.
+
+    Args:
+      labels: (h, w) labelIds.
+      instances: (h, w) instanceIds.
+
+    Returns:
+      Pixels of full resolution; 250 where there is no instance.
+    """
+    offsets = np.full((*labels.shape, 2), UNDEFINED, np.float32)
+    there = np.isin(labels, [c for c in CLASSES if c not in STUFF])
+    y, x = np.nonzero(there)
+    _, number = np.unique(instances[y, x], return_inverse=True)
+    count = np.maximum(np.bincount(number), 1)
+    for axis, place in enumerate((y, x)):
+        center = np.bincount(number, place) / count
+        offsets[y, x, axis] = place - center[number]
+    return offsets
+
+
+def _shrunk(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns the pixels (h, w, ...) nearest to the centers of a coarser grid."""
+    y, x = (
+        ((np.arange(small) + 0.5) * (large / small)).astype(int)
+        for small, large in zip(size, array.shape[:2], strict=True)
+    )
+    return array[y[:, None], x[None]]
+
+
+def _open(files: _Files) -> dict[str, Any]:
+    """Returns the pictures in modes that can be rotated.
+
+    Raises:
+      ValueError: One is of another kind, or of another size than the image.
+    """
+    from PIL import Image
+
+    kinds = {
+        "image": (("RGB",), "RGB", "8-bit color"),
+        "labels": (("L",), "L", "8-bit"),
+        "instances": (("I;16", "I"), "I", "16-bit"),
+        "disparity": (("I;16", "I"), "I", "16-bit"),
+    }
+    pictures: dict[str, Any] = {}
+    for (name, (modes, wanted, text)), path in zip(kinds.items(), files, strict=True):
+        with Image.open(path) as picture:
+            if picture.mode not in modes:
+                raise ValueError(
+                    f"expected {path} to be a {text} picture, got mode {picture.mode}; use the "
+                    "files of Cityscapes as they are"
+                )
+            pictures[name] = picture.convert(wanted)
+        size = pictures["image"].size
+        if picture.size != size:
+            raise ValueError(
+                f"expected {path} of the size of its image, {size[1]} x {size[0]}, got "
+                f"{picture.size[1]} x {picture.size[0]}; use the files of Cityscapes as they are"
+            )
+    return pictures
+
+
+def load_tree(
+    benchmark: Benchmark, data_dir: str | Path | None, split: str, size: tuple[int, int]
+) -> CityscapesTree:
+    """Returns a split of Cityscapes' tree, for three tasks.
+
+    The folder has ``leftImg8bit/<split>/<city>/<scene>_leftImg8bit.png``, and likewise
+    ``gtFine/.../<scene>_gtFine_{labelIds,instanceIds}.png`` and ``disparity/.../
+    <scene>_disparity.png``.
+
+    Args:
+      benchmark: ``cityscapes3``.
+      data_dir: The folder.
+      split: ``"train"`` or ``"val"``.
+      size: Height and width to which images are resized; targets have an eighth of it.
+
+    Raises:
+      FileNotFoundError: A folder or a file is missing.
+    """
+    if data_dir is None:
+        raise FileNotFoundError(
+            f"expected the folder of {benchmark.title}, with leftImg8bit, gtFine and disparity, "
+            "got none; pass --data-dir DIR, or --smoke"
+        )
+    root = Path(data_dir)
+    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    if not images:
+        raise FileNotFoundError(
+            f"expected {root}/leftImg8bit/{split}/<city>/<scene>_leftImg8bit.png, got none; unpack "
+            "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip and disparity_trainvaltest.zip "
+            "into one folder"
+        )
+    files = []
+    for image in images:
+        scene, city = image.name.removesuffix("_leftImg8bit.png"), image.parent.name
+        fine = root / "gtFine" / split / city
+        found = _Files(
+            image,
+            fine / f"{scene}_gtFine_labelIds.png",
+            fine / f"{scene}_gtFine_instanceIds.png",
+            root / "disparity" / split / city / f"{scene}_disparity.png",
+        )
+        for path in found:
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"expected {path} for {image.name}, got no such file; unpack the archive of "
+                    f"{path.relative_to(root).parts[0]} into {root}"
+                )
+        files.append(found)
+    return CityscapesTree(files, size)
+
+
 # --- on the device ------------------------------------------------------------------------------
 
 
@@ -188,10 +377,12 @@ def prepare(raw: Batch, key: jax.Array | None = None) -> Batch:
 
     Args:
       raw: Of a source.
-      key: Draws the augmentation; none if None.
+      key: Draws the augmentation; none if None, and none of targets coarser than the image, which
+        are augmented on the host.
     """
     batch = _to_floats(raw)
-    return batch if key is None else augment(batch, key)
+    coarse = any(x.shape[:3] != batch["image"].shape[:3] for x in batch.values())
+    return batch if key is None or coarse else augment(batch, key)
 
 
 def augment(batch: Batch, key: jax.Array) -> Batch:
@@ -203,11 +394,12 @@ def augment(batch: Batch, key: jax.Array) -> Batch:
     normals have their x negated.
     """
     b, height, width, _ = batch["image"].shape
-    keys = jax.random.split(key, 4)
-    choice = jax.random.randint(keys[0], (b,), 0, len(SCALES))
-    mirrored = jax.random.bernoulli(keys[3], shape=(b,))
-    rows = _window(keys[1], choice, height)
-    columns = _window(keys[2], choice, width)
+    # One draw for all: each call of a random function adds as much to compile as a layer.
+    draws = jax.random.uniform(key, (4, b))
+    choice = _below(draws[0], len(SCALES))
+    mirrored = draws[3] < 0.5
+    rows = _window(draws[1], choice, height)
+    columns = _window(draws[2], choice, width)
     scales = jnp.asarray(SCALES)[choice][:, None, None, None]
 
     def linear(x: jax.Array) -> jax.Array:
@@ -240,12 +432,16 @@ class _Window:
     nearest: jax.Array  # (b, size) int32
 
 
-def _window(key: jax.Array, choice: jax.Array, size: int) -> _Window:
-    """Draws a window along one axis for each scene, enlarged to the whole axis."""
+def _below(draws: jax.Array, number: int | jax.Array) -> jax.Array:
+    """Returns integers from 0 to number - 1 from draws in [0, 1)."""
+    return jnp.minimum((draws * number).astype(jnp.int32), number - 1)
+
+
+def _window(draws: jax.Array, choice: jax.Array, size: int) -> _Window:
+    """Returns a window along one axis for each scene, enlarged to the whole axis."""
     lengths = np.array([int(size / scale) for scale in SCALES])
     length = jnp.asarray(lengths)[choice]  # (b,)
-    # randint with bounds per scene: 0 to size - length.
-    offset = jax.random.randint(key, choice.shape, 0, size - length + 1)
+    offset = _below(draws, size - length + 1)
     i = np.arange(size)
     near = jnp.asarray([np.floor(i * (n / size)) for n in lengths], jnp.int32)[choice]
     places = jnp.asarray([i * ((n - 1) / (size - 1)) for n in lengths], jnp.float32)
@@ -289,7 +485,7 @@ def make_up(benchmark: Benchmark, number: int, size: tuple[int, int], seed: int 
         shading = 0.5 + 0.5 * np.abs(normal[..., 2:]) / np.maximum(depth[..., None], 1)
         noise = rng.normal(0, 0.02, (*size, 3))
         image = np.clip(255 * (colors * shading + noise), 0, 255).astype(np.uint8)
-        targets = {
+        targets: Raw = {
             "semantic": label,
             "depth": depth[..., None],
             "normal": normal,

@@ -52,7 +52,9 @@ def _famo(m: int, dataset: str) -> Any:
     return jaxmtl.famo(num_tasks=m, weight_decay=0.01 if dataset == "nyuv2" else 0.001)
 
 
-def _ldc(m: int, dataset: str, learning_rate: optax.Schedule, feature_size: int | None = None) -> Any:
+def _ldc(
+    m: int, dataset: str, learning_rate: optax.Schedule, feature_size: int | None = None
+) -> Any:
     # The authors' trainers: NYUv2 with losses over those of the first batch, Cityscapes without.
     own: dict[str, Any] = {"penalty": 0.1, "tau": "ones"}
     if dataset == "nyuv2":
@@ -131,7 +133,9 @@ METHODS: dict[str, Entry] = {
     "moco": Entry(Method(_moco, asks=("dataset",)), "rows"),
     "moco_pcgrad": Entry(Method(_tracked(jaxmtl.pcgrad), asks=("dataset",)), "rows"),
     "moco_cagrad": Entry(
-        Method(_tracked(lambda num_tasks: jaxmtl.cagrad(0.4, num_tasks=num_tasks)), asks=("dataset",)),
+        Method(
+            _tracked(lambda num_tasks: jaxmtl.cagrad(0.4, num_tasks=num_tasks)), asks=("dataset",)
+        ),
         "rows",
     ),
     **{f"cr_{name}": _entry(_averaged(_LIBRARY[name])) for name in ("mgda", "pcgrad", "cagrad")},

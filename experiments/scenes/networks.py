@@ -6,7 +6,8 @@ from z to a dict of predictions by task, and both in one call. Parameters whose 
 BatchNorm are the collection ``batch_stats``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -309,9 +310,9 @@ class MTAN(_OwnFeatures):
 
     def tower(self, task: int, down: list[Block], up: list[Block], train: bool) -> jax.Array:
         """Returns the last feature (b, h, w, width) of a task."""
-        x = None
+        x = down[0].first[..., :0]  # at the first level there is nothing from before
         for i in range(self.levels):
-            seen = down[i].first if x is None else jnp.concatenate([down[i].first, x], axis=-1)
+            seen = jnp.concatenate([down[i].first, x], axis=-1)
             x = self.encoder_mask[task][i](seen, train) * down[i].last
             x, _ = max_pool(self.tower_down[i](x, train))
         for i in reversed(range(self.levels)):
@@ -358,7 +359,7 @@ class CrossStitch(_OwnFeatures):
         m = len(self.outputs)
 
         def mixed(mixture: jax.Array, xs: list[jax.Array]) -> list[jax.Array]:
-            return [sum(mixture[i, j] * xs[j] for j in range(m)) for i in range(m)]
+            return [reduce(jnp.add, [row[j] * xs[j] for j in range(m)]) for row in mixture]
 
         xs, places = [images] * m, []
         for i in range(self.levels):
@@ -375,7 +376,176 @@ class CrossStitch(_OwnFeatures):
         return jnp.concatenate(xs, axis=-1)
 
 
-NETWORKS = {"segnet": SegNet, "mtan": MTAN, "cross_stitch": CrossStitch}
+# --- PSPNet -------------------------------------------------------------------------------------
+
+STAGES = (3, 4, 6, 3)  # bottlenecks of ResNet-50
+SCALES = (1, 2, 3, 6)  # of the pyramid
+
+
+def _he_normal() -> Any:
+    return nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _pytorch_uniform(fan_in: int) -> Any:
+    """Returns PyTorch's default for kernels and biases, uniform within 1 / sqrt(fan in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound
+    )
+
+
+class Bottleneck(nn.Module):
+    """ResNet's block of 1 x 1, 3 x 3 and 1 x 1 convolutions, with layers named as torchvision's."""
+
+    planes: int
+    stride: int
+    dilation: int
+    project: bool  # whether the shortcut is a convolution
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps (b, h, w, c) to (b, h / stride, w / stride, 4 * planes)."""
+
+        def conv(features: int, size: int, name: str, **more: Any) -> nn.Conv:
+            return nn.Conv(
+                features, (size, size), use_bias=False, kernel_init=_he_normal(), name=name, **more
+            )
+
+        d = self.dilation
+        y = nn.relu(Norm(name="bn1")(conv(self.planes, 1, "conv1")(x), train))
+        middle = conv(
+            self.planes,
+            3,
+            "conv2",
+            strides=self.stride,
+            kernel_dilation=d,
+            padding=((d, d), (d, d)),
+        )
+        y = nn.relu(Norm(name="bn2")(middle(y), train))
+        y = Norm(name="bn3")(conv(4 * self.planes, 1, "conv3")(y), train)
+        if self.project:
+            short = conv(4 * self.planes, 1, "downsample_0", strides=self.stride)
+            x = Norm(name="downsample_1")(short(x), train)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """ResNet-50 without its last layer, of output stride 8: strides become dilations."""
+
+    width: int = 64
+    blocks: tuple[int, ...] = STAGES
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        """Maps (b, h, w, 3) to (b, h/8, w/8, 32 * width)."""
+        pad = ((3, 3), (3, 3))
+        x = nn.Conv(
+            self.width,
+            (7, 7),
+            2,
+            padding=pad,
+            use_bias=False,
+            kernel_init=_he_normal(),
+            name="conv1",
+        )(images)
+        x = nn.relu(Norm(name="bn1")(x, train))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
+        for stage, number in enumerate(self.blocks):
+            for i in range(number):
+                # The first block keeps half the dilation: it was the one with the stride.
+                dilation = max(dilations[stage] // 2, 1) if i == 0 else dilations[stage]
+                x = Bottleneck(
+                    self.width * 2**stage,
+                    strides[stage] if i == 0 else 1,
+                    dilation,
+                    project=i == 0,
+                    name=f"layer{stage + 1}_{i}",
+                )(x, train)
+        return x
+
+
+class PyramidHead(nn.Module):
+    """The decoder of one task: averages at four scales, then two convolutions."""
+
+    output: Output
+    features: int  # 512 at width 64
+    upsample: int
+
+    @nn.compact
+    def __call__(self, z: jax.Array, train: bool) -> jax.Array:
+        """Maps (b, h, w, c) to the predictions (b, h * upsample, w * upsample, channels)."""
+        h, w = z.shape[1:3]
+
+        def conv_norm(x: jax.Array, size: int, name: str) -> jax.Array:
+            init = _pytorch_uniform(size * size * x.shape[-1])
+            x = nn.Conv(
+                self.features, (size, size), use_bias=False, kernel_init=init, name=f"{name}_conv"
+            )(x)
+            return nn.relu(Norm(name=f"{name}_norm")(x, train))
+
+        parts = [z]
+        for scale in SCALES:
+            x = along_both(average_matrix(h, scale), average_matrix(w, scale), z)
+            x = conv_norm(x, 1, f"scale{scale}")
+            parts.append(resize_bilinear(x, h, w, align_corners=False))
+        x = conv_norm(jnp.concatenate(parts, axis=-1), 3, "merge")
+        init = _pytorch_uniform(self.features)
+        x = nn.Conv(self.output.channels, (1, 1), kernel_init=init, bias_init=init, name="last")(x)
+        for axis in (1, 2):  # to the nearest pixel
+            x = jnp.repeat(x, self.upsample, axis=axis)
+        return finish(self.output, x)
+
+
+class PSPNet(nn.Module):
+    """A dilated ResNet-50 with a decoder of pyramids per task; ``z`` is the encoder's output."""
+
+    outputs: tuple[Output, ...]
+    width: int = 64
+    blocks: tuple[int, ...] = STAGES
+    upsample: int = 1
+
+    def setup(self) -> None:
+        """Makes the layers."""
+        self.encoder = ResNet(self.width, self.blocks)
+        self.heads = [PyramidHead(output, 8 * self.width, self.upsample) for output in self.outputs]
+
+    def features(self, images: jax.Array, train: bool) -> jax.Array:
+        """Maps (b, h, w, 3) to (b, h/8, w/8, 32 * width)."""
+        return self.encoder(images, train)
+
+    def predict(self, z: jax.Array, train: bool) -> Predictions:
+        """Maps the encoder's output to predictions."""
+        return {head.output.task: head(z, train) for head in self.heads}
+
+    def __call__(self, images: jax.Array, train: bool) -> Predictions:
+        """Maps images to predictions."""
+        return self.predict(self.features(images, train), train)
+
+
+# --- by name ------------------------------------------------------------------------------------
+
+SEGNETS = {"segnet": SegNet, "mtan": MTAN, "cross_stitch": CrossStitch}
+NETWORKS = (*SEGNETS, "pspnet")
+LEVELS = 5  # of a network in full
+
+
+def make_network(
+    name: str, outputs: tuple[Output, ...], *, width: int, levels: int, stride: int
+) -> nn.Module:
+    """Returns a network.
+
+    Args:
+      name: One of ``NETWORKS``.
+      outputs: Of the tasks.
+      width: Channels of the first level; 64 in the papers.
+      levels: 1 to 5; less than 5 leaves out levels of a SegNet, or a share of the blocks of ResNet.
+      stride: Of the predictions, in pixels of the image: 1, or 8 for PSPNet.
+    """
+    if name == "pspnet":
+        blocks = tuple(max(1, round(n * levels / LEVELS)) for n in STAGES)
+        return PSPNet(outputs, width, blocks, upsample=8 // stride)
+    return SEGNETS[name](outputs, width=width, levels=levels)
 
 
 def is_own(path: Sequence[Any]) -> bool:
@@ -383,15 +553,21 @@ def is_own(path: Sequence[Any]) -> bool:
     return str(path[0].key).startswith("heads")
 
 
-def last_shared_layer(network: nn.Module) -> tuple[str, ...]:
-    """Returns the path of the last layer that all tasks share, for GradNorm.
+def last_shared_layer(network: nn.Module) -> Callable[[Sequence[Any]], bool]:
+    """Returns a function that tells whether a parameter is in the last layer all tasks share.
+
+    It is the last layer of SegNet's decoder, and the last stage of ResNet.
 
     Raises:
       ValueError: The network has none.
     """
     if isinstance(network, SegNet | MTAN):
-        return ("body", "decoder_0_1")
-    raise ValueError(
-        f"expected a network with a last shared layer, got {type(network).__name__}, whose tasks "
-        "share none; leave gradnorm out of --methods"
-    )
+        prefix = ("body", "decoder_0_1")
+    elif isinstance(network, PSPNet):
+        prefix = ("encoder", "layer4_")
+    else:
+        raise ValueError(
+            f"expected a network with a last shared layer, got {type(network).__name__}, whose "
+            "tasks share none; leave gradnorm out of --methods"
+        )
+    return lambda path: path[0].key == prefix[0] and path[1].key.startswith(prefix[1])

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,8 @@ from experiments.scenes.benchmarks import (
 )
 from experiments.scenes.data import Source, prepare, read_ahead
 from experiments.scenes.methods import METHODS, SINGLE, Entry, Known
-from experiments.scenes.networks import NETWORKS, Predictions, is_own, last_shared_layer
+from experiments.scenes.networks import Predictions, is_own, last_shared_layer, make_network
+from experiments.scenes.weights import Arrays, load_encoder
 from experiments.study import Record, Say, config_of
 
 BLANK = np.zeros((1, 32, 32, 3), np.float32)  # an image of any size, to make parameters
@@ -50,6 +51,7 @@ class Options:
     learning_rate: float  # of Adam; halved after half the epochs
     average: int  # the last epochs, over whose metrics a result is the mean
     max_steps: int | None = None  # per epoch, for trials
+    pretrained: bool = False  # whether PSPNet's encoder starts from weights of a file
     scenes: int | None = None  # made-up ones in place of the data set, for smoke runs
 
 
@@ -77,8 +79,14 @@ class Training(NamedTuple):
 @cache
 def network_of(options: Options, tasks: tuple[str, ...]) -> nn.Module:
     """Returns the network for some of the tasks."""
-    outputs = tuple(o for o in BENCHMARKS[options.dataset].outputs if o.task in tasks)
-    return NETWORKS[options.network](outputs, width=options.width, levels=options.levels)
+    benchmark = BENCHMARKS[options.dataset]
+    return make_network(
+        options.network,
+        tuple(output for output in benchmark.outputs if output.task in tasks),
+        width=options.width,
+        levels=options.levels,
+        stride=benchmark.stride,
+    )
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -164,12 +172,11 @@ def make_direction(model: Model, entry: Entry, aggregator: Any) -> tuple[Callabl
             model.losses_of_features, aggregator, encoder=model.encode, has_aux=True
         )
     elif entry.route == "layer":
-        layer = last_shared_layer(model.network)
         one_pass = jaxmtl.value_and_grad(
             model.losses,
             aggregator,
             has_aux=True,
-            shared=lambda path: tuple(str(p.key) for p in path[: len(layer)]) == layer,
+            shared=last_shared_layer(model.network),
         )
     else:
         one_pass = jaxmtl.value_and_grad(model.losses, aggregator, has_aux=True)
@@ -224,12 +231,11 @@ def make_training(
         rule = init_rule(params, stats, batch)
         return State(params, stats, rule, optimizer.init(params), jnp.zeros(m))
 
-    def step(state: State, raw: Batch, key: jax.Array) -> tuple[State, Record]:
+    def step(state: State, raw: Batch, keys: jax.Array) -> tuple[State, Record]:
         params, stats, rule, opt_state, after = state
-        draw, rule_key = jax.random.split(key)
-        batch = prepare(raw, draw)
+        batch = prepare(raw, keys[0])
         extra = {"previous_batch_losses": after} if wants_after else {}
-        losses, new, grads, rule = direction(params, rule, stats, batch, key=rule_key, **extra)
+        losses, new, grads, rule = direction(params, rule, stats, batch, key=keys[1], **extra)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = jaxmtl.apply_updates(params, updates)
         if wants_after:
@@ -317,12 +323,12 @@ def figures_of(gramian: jax.Array) -> dict[str, jax.Array]:
 
 
 def batches(size: int, options: Options, rng: np.random.Generator) -> np.ndarray:
-    """Returns the scenes (steps, b) of the minibatches of an epoch; what does not fill one is out."""
+    """Returns the scenes (steps, b) of an epoch's minibatches; what fills none is left out."""
     steps = size // options.batch_size
     if steps == 0:
         raise ValueError(
-            f"expected at least {options.batch_size} scenes for a batch, got {size}; pass a smaller "
-            "--batch-size"
+            f"expected at least {options.batch_size} scenes for a batch, got {size}; pass a "
+            "smaller --batch-size"
         )
     order = rng.permutation(size)[: steps * options.batch_size]
     return order.reshape(steps, options.batch_size)[: options.max_steps]
@@ -346,31 +352,35 @@ def evaluate(
 class Checkpoint:
     """A file with the state after an epoch, and the history up to it."""
 
-    def __init__(self, path: Path):
-        """Names the file."""
-        self.path = path
+    def __init__(self, path: Path, options: Options):
+        """Names the file and the options of its run."""
+        self.path, self.config = path, config_of(options)
 
     def save(self, state: State, history: Sequence[Record]) -> None:
         """Writes it, in one move: an interrupted run leaves the last one whole."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}.npz")
-        leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-        np.savez(partial, history=json.dumps(list(history)), **leaves)
+        arrays: dict[str, Any] = {
+            f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))
+        }
+        about = json.dumps({"config": self.config, "history": list(history)})
+        np.savez(partial, about=about, **arrays)
         partial.replace(self.path)
 
     def load(self, like: State) -> tuple[State, list[Record]]:
         """Returns state and history, the given state and no history if there is no file."""
         if not self.path.exists():
             return like, []
-        leaves, tree = jax.tree.flatten(like)
+        tree = jax.tree.structure(like)
         with np.load(self.path) as file:
             arrays = [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
-            history: list[Record] = json.loads(str(file["history"]))
-        shapes = [x.shape for x in leaves]
-        if [a.shape for a in arrays] != shapes:
+            about = json.loads(str(file["about"]))
+        if about["config"] != self.config:
             raise SystemExit(
-                f"expected the state of this run in {self.path}, got that of another; delete it"
+                f"expected the state of a run of {self.config} in {self.path}, got "
+                f"{about['config']}; drop --resume, or delete it"
             )
+        history: list[Record] = about["history"]
         return jax.tree.unflatten(tree, [jnp.asarray(a) for a in arrays]), history
 
     def remove(self) -> None:
@@ -386,6 +396,7 @@ def train(
     sources: tuple[Source, Source],
     checkpoint: Checkpoint,
     say: Say,
+    weights: Arrays | None = None,
 ) -> Record:
     """Trains a network and returns the record of it.
 
@@ -397,6 +408,7 @@ def train(
       sources: For training and validation.
       checkpoint: From which it goes on, and to which it writes after every epoch.
       say: Called after each epoch.
+      weights: Of torchvision's ResNet-50, for the encoder of PSPNet.
     """
     benchmark, (train_split, held_out) = BENCHMARKS[options.dataset], sources
     network = network_of(options, tasks)
@@ -409,10 +421,15 @@ def train(
     entry = METHODS["linear_scalarization" if method == SINGLE else method]
     training = make_training(options, tasks, entry, steps, probe_batches[0])
     key = jax.random.key(seed)
-    state, history = checkpoint.load(training.init(key))
+    start = training.init(key)
+    if weights is not None:
+        params, stats = load_encoder(start.params, start.stats, weights)
+        start = start._replace(params=params, stats=stats)
+    state, history = checkpoint.load(start)
     gradients = make_gradients(method, network, tasks, training.aggregator)
     label = method if method != SINGLE else f"{method} ({tasks[0]})"
-    say("", len(history))
+    if history:
+        say(f"{label}, seed {seed}: resumed after {len(history)} epochs", len(history))
     for epoch in range(len(history), options.epochs):
         begin = time.perf_counter()
         state, log = run_epoch(training, options, train_split, tasks, state, seed, epoch)
@@ -452,13 +469,15 @@ def run_epoch(
     """Returns the state after an epoch, and the means of what its steps logged."""
     rng = np.random.default_rng((seed, epoch))
     order = batches(source.size, options, rng)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch + 1), len(order))
+    # Of every step a key for the augmentation and one for the method.
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch + 1), (len(order), 2))
     logs = []
-    for key, raw in zip(keys, read_ahead(source, order, rng), strict=True):
+    for pair, raw in zip(keys, read_ahead(source, order, rng), strict=True):
         raw = {name: x for name, x in raw.items() if name in ("image", *tasks)}
-        state, log = training.step(state, raw, key)
-        logs.append(log)
-    means = jax.tree.map(lambda *xs: np.mean([np.asarray(x) for x in xs], axis=0), *logs)
+        state, log = training.step(state, raw, pair)
+        # Waited for: steps that are started ahead would each hold their memory.
+        logs.append(jax.device_get(log))
+    means = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *logs)
     return state, {name: np.round(x.astype(np.float64), 6).tolist() for name, x in means.items()}
 
 

@@ -1,0 +1,128 @@
+"""Weights of torchvision's ResNet-50 from a local file, for PSPNet's encoder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+
+
+def read_safetensors(path: Path) -> Arrays:
+    """Returns the arrays of a safetensors file: the size of a header, the header in JSON, bytes.
+
+    Raises:
+      ValueError: The file is of another form, or holds numbers that NumPy has not (bfloat16).
+    """
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    try:
+        header: dict[str, Any] = json.loads(data[8 : 8 + size])
+    except ValueError:
+        raise ValueError(
+            f"expected a safetensors file in {path}, got no header in JSON; save it anew"
+        ) from None
+    arrays = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _TYPES:
+            raise ValueError(
+                f"expected numbers of {', '.join(_TYPES)} in {path}, got {entry['dtype']} for "
+                f"{name}; convert it to F32"
+            )
+        begin, end = (8 + size + offset for offset in entry["data_offsets"])
+        array = np.frombuffer(data[begin:end], _TYPES[entry["dtype"]])
+        arrays[name] = array.reshape(entry["shape"])
+    return arrays
+
+
+def read_pth(path: Path) -> Arrays:
+    """Returns the arrays of a file of PyTorch, which has to be installed.
+
+    Raises:
+      ValueError: It is not.
+    """
+    try:
+        import torch  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise ValueError(
+            f"expected PyTorch to read {path}, got no installation of it; convert the file to "
+            "safetensors where PyTorch is: safetensors.torch.save_file(torch.load(path), new)"
+        ) from None
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def read_weights(path: str | Path) -> Arrays:
+    """Returns the arrays of a ``.safetensors`` file, or of a ``.pth`` file if PyTorch is there.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"expected weights in {path}, got no such file; correct --weights")
+    readers = {".safetensors": read_safetensors, ".pth": read_pth, ".pt": read_pth}
+    if path.suffix not in readers:
+        raise ValueError(
+            f"expected a file that ends in {', '.join(readers)}, got {path}; rename it if it is one"
+        )
+    return readers[path.suffix](path)
+
+
+_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def _name_of(path: tuple[Any, ...]) -> str:
+    """Returns torchvision's name of a parameter or a statistic of `networks.ResNet`."""
+    keys = [str(entry.key) for entry in path]
+    *layers, last = keys
+    if layers[-1] == "norm":
+        layers = layers[:-1]
+    suffix = "weight" if last == "kernel" else _NORM[last]
+    # layer1_0 is layer1.0, downsample_0 is downsample.0.
+    return ".".join([*(layer.replace("_", ".") for layer in layers), suffix])
+
+
+def load_encoder(params: Any, stats: Any, arrays: Arrays) -> tuple[Any, Any]:
+    """Returns parameters and statistics with those of the encoder replaced by weights of a file.
+
+    Args:
+      params: Of `networks.PSPNet`.
+      stats: Its running averages.
+      arrays: By torchvision's names; ``fc`` is not used.
+
+    Raises:
+      ValueError: An array is missing or has another shape.
+    """
+
+    def filled(tree: Any) -> Any:
+        def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+            name = _name_of(path)
+            if name not in arrays:
+                raise ValueError(
+                    f"expected {name} among the weights of torchvision's resnet50, got "
+                    f"{len(arrays)} others; use its state dict"
+                )
+            array = arrays[name]
+            if array.ndim == 4:  # out, in, height, width
+                array = array.transpose(2, 3, 1, 0)
+            if array.shape != x.shape:
+                raise ValueError(
+                    f"expected {name} of shape {x.shape} (height, width, in, out), got "
+                    f"{array.shape}; weights fit --width 64 and all levels only"
+                )
+            return jnp.asarray(array, x.dtype)
+
+        return jax.tree.map_with_path(one, tree)
+
+    return (
+        params | {"encoder": filled(params["encoder"])},
+        stats | {"encoder": filled(stats["encoder"])},
+    )
