@@ -57,6 +57,8 @@ def claim(text: str, source: str, ours: str, conditions: Iterable[bool], paper: 
     return Claim(text, source, paper, ours, judge(conditions))
 
 
-def not_runnable(text: str, source: str, command: str, paper: str = "") -> Claim:
-    """Returns a claim whose data are not at hand, with the command for those who have them."""
-    return Claim(text, source, paper, f"not runnable here: data; `{command}`", NO_DATA)
+def not_runnable(
+    text: str, source: str, command: str, paper: str = "", lacks: str = "data"
+) -> Claim:
+    """Returns a claim of which something is not at hand, with the command for who has it."""
+    return Claim(text, source, paper, f"not runnable here: {lacks}; `{command}`", NO_DATA)

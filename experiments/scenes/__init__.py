@@ -1,1 +1,40 @@
-"""Scene understanding: NYUv2 and Cityscapes by every method of the papers' tables."""
+"""Scene understanding: NYUv2 and Cityscapes by every method of the papers' tables.
+
+    python -m experiments.scenes --smoke                                  # made-up scenes
+    python -m experiments.scenes.convert ARCHIVE DIR --size 96x128        # NYUv2 from an archive
+    python -m experiments.scenes --data-dir DIR --size 96x128 --width 8 --batch-size 8 --epochs 10
+    python -m experiments.scenes --data-dir DIR                           # as in the papers
+    python -m experiments.scenes --data-dir DIR --network pspnet --weights resnet50.safetensors
+    python -m experiments.scenes --dataset cityscapes2 --data-dir DIR --batch-size 8
+    python -m experiments.scenes --dataset cityscapes3 --network pspnet --data-dir DIR --epochs 100
+
+``nyuv2`` (classes, depth, normals) and ``cityscapes2`` (classes, inverse depth) are MTAN's folders
+of ``.npy``, ``cityscapes3`` (classes, offsets from the instance's center, disparity) is Cityscapes'
+own tree. Networks are ``mtan`` (SegNet with an attention tower per task), ``segnet``,
+``cross_stitch`` and ``pspnet`` (a dilated ResNet-50). Sizes, batches and rates are by default the
+papers', which need an accelerator; ``--size``, ``--width`` and ``--levels`` make them smaller.
+``--resume`` goes on with a run that was cut short, from the end of its last epoch.
+
+A method combines the gradients of everything but the heads (of PSPNet, the decoders), which get the
+gradient of their own loss, or, by methods that take one backward pass, the weighted one. So do
+Senushkin et al., with the attention of all tasks among the shared parameters. Running averages of
+BatchNorm are state that no gradient reaches. Adam's rate is halved after half the epochs. ``-UB``
+forms take the gradients at the features: on MTAN every loss reads a feature of its own, so that
+their Gramian is diagonal, MGDA-UB and Aligned-MTL-UB weigh by norms alone, and GradDrop drops
+nothing. Single-task networks are the same with one tower and one head.
+
+Results are means over the last epochs (10, or a fifth of a shorter run) of the metrics on the held
+out part: one confusion matrix for all of its pixels, errors and angles over all defined ones. After
+each epoch the gradients of two batches give the condition number, norms and cosines of the rows, as
+they are and as the method balances them. What was found: ``results/scenes/notes.md``.
+
+**Reference**: Liu, Johns and Davison 2019 (MTAN); Misra et al. 2016 (Cross-Stitch); Zhao et al.
+2017 (PSPNet); Senushkin et al. 2023, tables 1-4, figures 4 and 7; Fernando et al. 2023, tables 2
+and 3; Xiao et al. 2025, tables 1 and 2.
+
+**Differs from** the authors' codes: PCGrad draws an order for each task, GradVac updates targets
+at every pair, Nash-MTL is solved exactly, features do not train LDC-MTL's router (see
+`jaxmtl.ldc_mtl`), running variances are those of the batch without Bessel's correction, and a
+Cross-Stitch unit is a matrix that starts with 0.9 of a network's own feature. A class that occurs
+nowhere leaves the mean IoU.
+"""

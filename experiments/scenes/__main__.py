@@ -129,9 +129,12 @@ def plan(args: argparse.Namespace) -> Iterator[Part]:
 
 study = Study(
     name="scenes",
-    commands=("--out experiments/results --dataset nyuv2 --network mtan --size 96x128 --width 8",),
+    commands=(
+        "--out experiments/results --data-dir DIR --size 96x128 --width 8 --batch-size 8 "
+        "--epochs 10 --learning-rate 1e-3 --seeds 2",
+    ),
     methods=(SINGLE, *METHODS),
-    figures=(),
+    figures=("nyuv2_mtan_delta_m.png", "nyuv2_mtan_gradients.png"),
     plan=plan,
     report=report,
     claims=claims,
@@ -151,7 +154,7 @@ study = Study(
         "--epochs": {"type": int, "help": "by default 200"},
         "--learning-rate": {"type": float, "default": 1e-4},
         "--max-steps": {"type": int, "help": "per epoch, for trials"},
-        "--seeds-only": {"type": int, "nargs": "+", "help": "these seeds"},
+        "--seeds-only": {"type": int, "nargs": "+", "help": "these, one process each"},
     },
 )
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 import jaxmtl
 from experiments.claims import Claim, above_error, claim, mean_and_error, not_runnable, show
@@ -109,14 +110,15 @@ def title_of(setup: Setup) -> str:
     )
 
 
-def printed(setup: Setup, method: str) -> str:
-    """Returns the papers' delta_m, over metrics."""
-    key = (setup.dataset, "mtan" if setup.network == "cross_stitch" else setup.network)
-    name = "cross_stitch" if setup.network == "cross_stitch" else method
-    if setup.network == "cross_stitch" and method != BASELINE:
-        return ""
-    found = [t.delta_m[name] for t in TABLES.get(key, ()) if t.delta_m.get(name)]
-    return f"{found[0][0]:+.2f}" if found else ""
+def printed_of(setup: Setup, method: str) -> tuple[list[float], list[float]]:
+    """Returns what the papers print: the metrics and delta_m, or empty lists."""
+    network, name = setup.network, method
+    if network == "cross_stitch" and method == BASELINE:  # a row among MTAN's methods
+        network, name = "mtan", "cross_stitch"
+    for table in TABLES.get((setup.dataset, network), ()):
+        if name in table.values:
+            return table.values[name], table.delta_m[name]
+    return [], []
 
 
 def digits_of(values: np.ndarray) -> int:
@@ -125,18 +127,34 @@ def digits_of(values: np.ndarray) -> int:
     return 2 if size >= 5 else 3 if size >= 0.5 else 4
 
 
-def make_table(setup: Setup) -> Table:
-    """Returns the metrics of every method, with delta_m."""
-    header = ["method", *(metric.name for metric in setup.benchmark.metrics)]
-    header += ["delta_m % (metrics)", "delta_m % (tasks)", "printed", "seeds"]
+def drops_table(setup: Setup) -> Table:
+    """Returns delta_m of every method, beside the printed one."""
+    header = ["method", "over metrics %", "printed", "over tasks %", "printed", "seeds"]
+    rows = []
+    for method in setup.records:
+        _, theirs = printed_of(setup, method)
+        cells = []
+        for i, reduce in enumerate(("metric", "task")):
+            drops = setup.drops(method, reduce)
+            cells.append(show(drops, digits=1, sign="+") if drops else "")
+            cells.append(f"{theirs[i]:+.2f}" if len(theirs) > i else "")
+        rows.append([method, *cells, str(len(setup.values[method]))])
+    return Table(f"delta_m: {title_of(setup)}", header, rows)
+
+
+def task_table(setup: Setup, task: str) -> Table:
+    """Returns the metrics of a task by every method, with the printed ones in parentheses."""
+    columns = [i for i, metric in enumerate(setup.benchmark.metrics) if metric.task == task]
+    header = ["method", *(setup.benchmark.metrics[i].name for i in columns)]
     rows = []
     for method, values in setup.values.items():
-        cells = [show(column.tolist(), digits=digits_of(column)) for column in values.T]
-        for reduce in ("metric", "task"):
-            drops = setup.drops(method, reduce) if method != SINGLE else []
-            cells.append(show(drops, digits=1, sign="+") if drops else "")
-        rows.append([method, *cells, printed(setup, method), str(len(values))])
-    return Table(title_of(setup), header, rows)
+        theirs, _ = printed_of(setup, method)
+        cells = []
+        for i in columns:
+            text = show(values[:, i].tolist(), digits=digits_of(values[:, i]))
+            cells.append(f"{text} ({theirs[i]:g})" if theirs else text)
+        rows.append([method, *cells])
+    return Table(f"{task}, (printed): {title_of(setup)}", header, rows)
 
 
 def over_training(record: Record, kind: str, name: str) -> list[float]:
@@ -181,7 +199,7 @@ def draw_drops(setup: Setup, path: Path) -> None:
             capsize=3,
             label=f"here, over {reduce}s",
         )
-    theirs = [float(text) if (text := printed(setup, name)) else np.nan for name in methods]
+    theirs = [next(iter(printed_of(setup, name)[1]), np.nan) for name in methods]
     axis.plot(theirs, y - 0.12, "o", mfc="none", color="tab:blue", label="printed, over metrics")
     axis.axvline(0, color="gray", lw=0.8)
     axis.set_yticks(y, methods)
@@ -218,8 +236,11 @@ def draw_gradients(setup: Setup, path: Path) -> None:
             axis.grid(alpha=0.3)
             if name in ("condition", "norm_ratio"):
                 axis.set_yscale("log")
+                for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(f"Balanced gradients: {title_of(setup)}", fontsize="medium")
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
@@ -330,9 +351,15 @@ def claims(folder: Path) -> list[Claim]:
                     table.source,
                     command,
                     f"{best[0]:+.2f} %",
+                    "data" if dataset != "nyuv2" else "weights of ResNet-50, an accelerator",
                 )
             )
     return made
+
+
+def named(methods: Sequence[str]) -> str:
+    """Returns how many there are, and which."""
+    return f"{len(methods)} ({', '.join(methods)})" if methods else "none"
 
 
 def conclusion(found: Sequence[Setup]) -> str:
@@ -352,10 +379,10 @@ def conclusion(found: Sequence[Setup]) -> str:
         text = f"{where}: equal weights have delta_m {own} %; of {len(rivals)} methods "
         if few:
             lower = [n for n, g in gap.items() if np.mean(g) > 0]
-            text += f"{len(lower)} are lower ({', '.join(lower)}), with one seed: undecided."
+            text += f"{named(lower)} are lower, with one seed: undecided."
         else:
-            text += f"{len(better)} are lower by more than the error ({', '.join(better)}), "
-            text += f"{len(worse)} higher ({', '.join(worse)}), the others undecided."
+            text += f"{named(better)} are lower by more than the error, {named(worse)} higher, the "
+            text += "others undecided."
         sentences.append(text)
     return "\n".join(sentences)
 
@@ -366,7 +393,9 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
     found = {key: setup for key, setup in setups(folder).items() if key == name}
     tables, figures = [], {}
     for key, setup in found.items():
-        tables += [make_table(setup), gradient_table(setup)]
+        tables += [drops_table(setup)] if setup.single is not None else []
+        tables += [task_table(setup, task) for task in setup.benchmark.tasks]
+        tables += [gradient_table(setup)]
         figures[f"{key}_gradients.png"] = partial(draw_gradients, setup)
         if setup.single is not None:
             figures[f"{key}_delta_m.png"] = partial(draw_drops, setup)
