@@ -435,7 +435,7 @@ def train(
         state, log = run_epoch(training, options, train_split, tasks, state, seed, epoch)
         seconds = time.perf_counter() - begin
         row = evaluate(network, benchmark, state, held_out, options)
-        log |= {"metrics": row, "seconds": round(seconds, 1)}
+        log |= {"metrics": [None if np.isnan(x) else x for x in row], "seconds": round(seconds, 1)}
         if len(tasks) > 1:
             log |= gradients(state, probe_batches)
         history.append(log)
@@ -446,12 +446,16 @@ def train(
             if metric.task in tasks
         )
         say(f"{label}, seed {seed}, epoch {epoch + 1}/{options.epochs}: {shown} ({seconds:.0f} s)")
+    last = [log["metrics"] for log in history[-options.average :]]
+    result = [
+        None if None in values else float(np.mean(values)) for values in zip(*last, strict=True)
+    ]
     return {
         "method": method,
         "tasks": list(tasks),
         "seed": seed,
         "config": config_of(options),
-        "result": np.mean([log["metrics"] for log in history[-options.average :]], axis=0).tolist(),
+        "result": result,  # None for the metrics of other tasks
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "history": history,
     }
