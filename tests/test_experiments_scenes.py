@@ -29,7 +29,9 @@ from experiments.scenes.train import (  # noqa: E402
     Model,
     Options,
     State,
+    balanced,
     evaluate,
+    figures_of,
     make_init,
     make_training,
     network_of,
@@ -482,6 +484,42 @@ def test_a_pass_of_training_moves_each_running_average_once_per_use(mtan):
     layer = new["body"]["encoder_0_0"]["norm"]["norm"]
     np.testing.assert_allclose(layer["mean"], 0.1 * y.mean(axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(layer["var"], 0.9 + 0.1 * y.var(axis=(0, 1, 2)), rtol=1e-4)
+
+
+def test_quantities_are_those_of_the_balanced_rows():
+    """By NumPy from rows: w_i g_i of MGDA, projected ones of PCGrad, orthogonal ones of Aligned."""
+    g = np.array([[2.0, 0.0, 1.0], [-1.0, 1.0, 0.0]])
+    gap = g[1] - g[0]
+    share = np.clip(g[1] @ gap / (gap @ gap), 0, 1)
+    u, s, vt = np.linalg.svd(g, full_matrices=False)
+    rows = {
+        "mgda": g * [[share], [1 - share]],
+        "pcgrad": np.stack([a - (a @ b) / (b @ b) * b for a, b in (g, g[::-1])]),
+        "aligned_mtl": s.min() * u @ vt,
+        "linear_scalarization": g,
+    }
+    gramian, known = jnp.asarray(g @ g.T, jnp.float32), Known("nyuv2", 4, None)
+    for name, expected in rows.items():
+        made = balanced(name, METHODS[name].build(2, known), gramian, None)
+        np.testing.assert_allclose(made, expected @ expected.T, rtol=1e-4, atol=1e-5, err_msg=name)
+        norms = np.linalg.norm(expected, axis=1)
+        singular = np.linalg.svd(expected, compute_uv=False)
+        quantities = {
+            "condition": singular[0] / singular[1],
+            "norm_ratio": norms.max() / norms.min(),
+            "least_cosine": expected[0] @ expected[1] / norms.prod(),
+            "least_similarity": 2 * norms.prod() / (norms**2).sum(),
+        }
+        found = figures_of(made)
+        assert found.keys() == quantities.keys()
+        for key, value in quantities.items():
+            np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+    graddrop = METHODS["graddrop"].build(2, known)
+    assert balanced("graddrop", graddrop, gramian, graddrop.init(jnp.zeros(3))) is None
+    dwa = METHODS["dwa"].build(2, known)
+    weighted = balanced("dwa", dwa, gramian, dwa.init(jnp.zeros(3)))
+    weights = np.asarray(optax.tree.get(dwa.init(jnp.zeros(3)), "mtl_weights"))
+    np.testing.assert_allclose(weighted, weights[:, None] * np.asarray(gramian) * weights)
 
 
 # --- PSPNet ---------------------------------------------------------------------------------------
