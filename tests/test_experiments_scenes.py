@@ -1227,7 +1227,7 @@ def test_a_study_runs_resumes_and_reports(tmp_path, capsys):
     balanced = records[-1]["history"][-1]["balanced"]
     np.testing.assert_allclose(balanced["condition"], 1, atol=1e-3)
     np.testing.assert_allclose(balanced["least_cosine"], 0, atol=1e-3)
-    assert "cityscapes2, segnet: equal weights have delta_m" in text
+    assert "made-up scenes, segnet: equal weights have delta_m" in text
     for kind in ("delta_m", "gradients"):
         assert (tmp_path / "scenes" / f"cityscapes2_segnet_{kind}.png").stat().st_size > 10_000
     assert not list((tmp_path / "scenes").glob("checkpoints/*"))  # all are recorded

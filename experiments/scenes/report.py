@@ -285,8 +285,6 @@ def gains(setup: Setup, better: str, worse: str) -> list[float]:
 def claims_of(setup: Setup) -> Iterator[Claim]:
     """Yields the claims that the results of a set-up can speak to."""
     where = f"{setup.benchmark.title}, {setup.network}"
-    if setup.config["scenes"]:
-        return  # made-up scenes show nothing
     for table in TABLES.get((setup.dataset, setup.network), ()):
         theirs = {name: values[0] for name, values in table.delta_m.items() if values}
         orders = compare_orders(setup, theirs)
@@ -331,9 +329,9 @@ def claims(folder: Path) -> list[Claim]:
     exceeds its standard error; with one seed nothing is decided. Tables without results here are
     rows of their own, with the command that makes them.
     """
-    found = setups(folder)
+    found = {k: s for k, s in setups(folder).items() if not s.config["scenes"]}
     if not found:
-        return []
+        return []  # made-up scenes show nothing
     made = [one for setup in found.values() for one in claims_of(setup)]
     for (dataset, network), tables in TABLES.items():
         if f"{dataset}_{network}" in found:
@@ -366,7 +364,8 @@ def conclusion(found: Sequence[Setup]) -> str:
     """Returns the sentence that the numbers allow."""
     sentences = []
     for setup in found:
-        where = f"{setup.dataset}, {setup.network}"
+        data = "made-up scenes" if setup.config["scenes"] else setup.dataset
+        where = f"{data}, {setup.network}"
         if setup.single is None or BASELINE not in setup.values:
             sentences.append(f"{where}: no delta_m yet, single tasks or equal weights are missing.")
             continue
