@@ -123,13 +123,23 @@ def run(
       The outputs, and per use the values of its DATA operands, stacked over the loops around it.
     """
     env = dict(env)
-    for value in _needed(program.steps):
-        resolve(env, value)
     env.update(zip(program.data, example, strict=True))
     residuals: dict[Use, tuple[jax.Array, ...]] = {}
-    _run_steps(program.steps, env, dict(zip(program.uses, taps, strict=True)), residuals)
+    run_steps(program.steps, env, dict(zip(program.uses, taps, strict=True)), residuals)
     outs = [env[v] if v in env else resolve(env, v) for v in program.outs]
     return outs, [residuals[use] for use in program.uses]
+
+
+def run_steps(
+    steps: Sequence[Any],
+    env: Env,
+    taps: dict[Use, Sequence[jax.Array]],
+    residuals: dict[Use, tuple[jax.Array, ...]],
+) -> None:
+    """Runs steps that are outside all loops; ``env`` and ``residuals`` are added to."""
+    for value in _needed(steps):
+        resolve(env, value)
+    _run_steps(steps, env, taps, residuals)
 
 
 def _run_steps(
