@@ -96,12 +96,12 @@ def tap_shapes(program: Program) -> list[list[jax.ShapeDtypeStruct]]:
     ]
 
 
-def _needed(steps: Iterable[Any]) -> dict[Value, None]:
+def needed(steps: Iterable[Any]) -> dict[Value, None]:
     """Returns the values of these steps that are computed from the parameters alone."""
     found: dict[Value, None] = {}
     for step in steps:
         if isinstance(step, Scan):
-            found.update(_needed(step.steps))
+            found.update(needed(step.steps))
             found.update((v, None) for v in step.xs if from_params(v))
         else:
             found.update((v, None) for v in step.ins if from_params(v))
@@ -137,7 +137,7 @@ def run_steps(
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     """Runs steps that are outside all loops; ``env`` and ``residuals`` are added to."""
-    for value in _needed(steps):
+    for value in needed(steps):
         resolve(env, value)
     _run_steps(steps, env, taps, residuals)
 
@@ -174,7 +174,7 @@ def _run_scan(
     taps: dict[Use, Sequence[jax.Array]],
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
-    sliced = [v for v in _needed(scan.steps) if scan.loop in v.loops]
+    sliced = [v for v in needed(scan.steps) if scan.loop in v.loops]
 
     def body(carry: Sequence[jax.Array], xs: Any) -> tuple[list[jax.Array], Any]:
         slices, pieces, inner_taps = xs

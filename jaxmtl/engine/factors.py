@@ -120,8 +120,11 @@ def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Ar
     return jnp.where((first == second) & (first >= 0), block, 0)
 
 
+Scaled = Callable[[jax.Array, int, int], jax.Array]
+
+
 def products_of_tasks(
-    a: Outer, b: Outer, pairing: str, scaled: Callable[..., jax.Array], dtype: jnp.dtype
+    a: Outer, b: Outer, pairing: str, scaled: Scaled, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns ``<grad_i, grad'_j>`` of losses over one batch, which share X: ``(tasks, tasks')``.
 
@@ -129,47 +132,78 @@ def products_of_tasks(
 
     Args:
       a: The gradients of one use, X with a leading axis of length one, Y with one of tasks.
-      b: The gradients of another use of the same parameter, or ``a`` itself.
+      b: The gradients of another use of the same parameter, or ``a`` itself: then what is above
+        blocks on the diagonal is undefined.
       pairing: As in `inner_products`.
-      scaled: ``(array, first, last, axis)`` -> what columns of the table are multiplied by.
+      scaled: ``(rows, first, last) ->`` the rows of these tasks, as columns are made of them.
       dtype: In what to accumulate.
     """
-    rows = _flat(a.y)  # (tasks, shared, positions, own)
     if pairing == "crossed":
         table = _paired(contract(a.y, b.x, dtype), a.y, b.x)[..., 0, :]  # (shared, tasks, t, s)
 
-        def columns(first: int, last: int) -> jax.Array:
-            y = dataclasses.replace(b.y, array=scaled(b.y.array, first, last))
-            other = _paired(contract(a.x, y, dtype), a.x, y)[:, 0]  # (shared, t, tasks', s)
-            start = first if a is b else 0
-            return product(table[:, start:], other, ((0, 2, 3), (0, 1, 3)), ((), ()), dtype)
+        def crossed(y: jax.Array, first: int, last: int) -> jax.Array:
+            other = dataclasses.replace(b.y, array=scaled(y, first, last))
+            return _paired(contract(a.x, other, dtype), a.x, other)[:, 0]  # (shared, t, tasks', s)
 
-    else:
-        times = _times(a.x, b.x, dtype)
+        return by_blocks(jnp.moveaxis(table, 1, 0), b.y.array, crossed, 2, a is b, dtype)
+    times = _times(a.x, b.x, dtype)
 
-        def columns(first: int, last: int) -> jax.Array:
-            y = _flat(dataclasses.replace(b.y, array=scaled(b.y.array, first, last)))
-            start = first if a is b else 0
-            numbers = ((1, 2, 3), (0, 1, 3)), ((), ())
-            return product(rows[start:], times(y), *numbers, dtype)
+    def straight(y: jax.Array, first: int, last: int) -> jax.Array:
+        return times(scaled(y, first, last))  # (shared, positions, tasks', own)
 
-    return by_columns(b.y.array.shape[0], columns, a is b)
+    return by_blocks(_flat(a.y), _flat(b.y), straight, 2, a is b, dtype)
 
 
-def by_columns(m: int, columns: Callable[[int, int], jax.Array], is_symmetric: bool) -> jax.Array:
-    """Returns a table from some columns at a time; of a symmetric one, what is not above blocks.
+def by_blocks(
+    rows: jax.Array,
+    others: jax.Array,
+    columns: Callable[[jax.Array, int, int], jax.Array],
+    axis: int,
+    is_symmetric: bool,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns a table of inner products, some columns at a time.
 
     Args:
-      m: The number of columns.
-      columns: ``(first, last) ->`` those columns, from row ``first`` on if it is symmetric.
-      is_symmetric: Whether the other half is known.
+      rows: ``(m, *s)``.
+      others: ``(k, ...)``, what the columns are made of.
+      columns: ``(some of others, first, last) ->`` an array of s with an axis of tasks.
+      axis: The place of this axis.
+      is_symmetric: Whether to leave out what lies above blocks on the diagonal.
+      dtype: In what to accumulate.
     """
-    size = -(-m // num_blocks(m))
-    blocks = [(i, min(i + size, m)) for i in range(0, m, size)]
-    found = [columns(first, last) for first, last in blocks]
-    if is_symmetric:
-        found = [jnp.pad(x, ((m - len(x), 0), (0, 0))) for x in found]
-    return jnp.concatenate(found, axis=1)
+
+    def pieces(x: jax.Array) -> list[tuple[jax.Array, int, int]]:
+        size = -(-len(x) // num_blocks(len(x)))
+        bounds = [(i, min(i + size, len(x))) for i in range(0, len(x), size)]
+        return [(x[first:last], first, last) for first, last in bounds]
+
+    of_rows, found = pieces(rows), []
+    for piece, first, last in pieces(others):
+        known = found[-1][-1] if found else None
+        some = columns(after(known, piece), first, last)
+        numbers = range(1, rows.ndim), [i for i in range(some.ndim) if i != axis]
+        blocks = [
+            product(x, some, numbers, ((), ()), dtype)
+            if end > first or not is_symmetric
+            else jnp.zeros((len(x), last - first), dtype)
+            for x, _, end in of_rows
+        ]
+        found.append(blocks)
+    return jnp.concatenate([jnp.concatenate(blocks) for blocks in found], axis=1)
+
+
+def after(known: jax.Array | None, arrays: Any) -> Any:
+    """Returns the arrays as they are, but not before another one is known.
+
+    Compilers drop an optimization barrier before they order what is computed, so that all
+    cotangents would wait in memory for products that need one after the other.
+    """
+    if known is None:
+        return arrays
+    first = known.reshape(-1)[0]
+    never = jnp.isnan(first) & (first == first)
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), arrays)
 
 
 def num_blocks(m: int) -> int:

@@ -6,15 +6,16 @@ values that heads read of it, is pulled back once per task.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmtl import linalg
-from jaxmtl.engine import execute
-from jaxmtl.engine.program import DATA, Program, Scan, Use, Value, is_float
+from jaxmtl.engine import execute, factors
+from jaxmtl.engine.program import DATA, PARAM, Program, Scan, Use, Value, is_float, operations
 
 Residuals = dict[Use, tuple[jax.Array, ...]]
 
@@ -81,105 +82,221 @@ def _reads(step: Any) -> Iterable[Value]:
     return dict.fromkeys([*step.init, *step.xs, *inner, *step.carry_outs, *step.ys])
 
 
+@dataclasses.dataclass(eq=False)
+class Stage:
+    """Some consecutive steps, with a backward pass of their own.
+
+    Attributes:
+      steps: The steps; of the last stage those of no task.
+      heads: For each task, the steps on which it alone depends; the last stage has them.
+      uses: The uses among all these.
+      params: The PARAM values that they read.
+      ins: The values of earlier stages that they read and that carry a derivative.
+      outs: Their own that later stages read likewise; of the last stage the losses.
+      fixed: Their own that later stages read, but carry none.
+      cuts: The reads of the trunk by heads, which have cotangents of their own.
+      is_layer: Whether only its last step is a product.
+    """
+
+    steps: list[Any]
+    heads: list[list[Any]]
+    uses: list[Use]
+    params: list[Value]
+    ins: list[Value]
+    outs: list[Value]
+    fixed: list[Value]
+    cuts: list[tuple[int, Value]]
+    is_layer: bool
+
+
+def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], int]) -> list[Stage]:
+    """Cuts a program into stages, so that not all cotangents exist at a time.
+
+    Args:
+      program: The losses over one batch.
+      parts: Its steps by who depends on them.
+      most: How many cotangents the taps of one stage may have.
+      size_of: The number of those of a use.
+    """
+    pieces: list[list[Any]] = [[]]
+    total = 0
+    for step in parts.trunk:
+        size = sum(map(size_of, _uses(step)))
+        if total + size > most and total:
+            pieces.append([])
+            total = 0
+        pieces[-1].append(step)
+        total += size
+        if 4 * total > most:  # The cotangent of the stage is then that of a tap.
+            pieces.append([])
+            total = 0
+    none: list[list[Any]] = [[] for _ in parts.heads]
+    all_steps = [(piece, none) for piece in pieces] + [(parts.rest, parts.heads)]
+    made = [{v for s in steps for v in s.outs} for steps, _ in all_steps]
+    reads = [
+        dict.fromkeys(v for part in (*heads, steps) for s in part for v in _reads(s))
+        for steps, heads in all_steps
+    ]
+    reads[-1].update(dict.fromkeys(program.outs))
+    found = []
+    for k, (steps, heads) in enumerate(all_steps):
+        every = [s for part in (*heads, steps) for s in part]
+        later = [v for some in reads[k + 1 :] for v in some if v in made[k]]
+        later = list(dict.fromkeys(later))
+        earlier = set().union(*made[:k])
+        is_last = k == len(pieces)
+        found.append(
+            Stage(
+                steps,
+                heads,
+                [use for s in every for use in _uses(s)],
+                [v for v in execute.needed(every) if v.kind == PARAM],
+                [v for v in reads[k] if v in earlier and is_float(v.aval)],
+                [program.outs[0]] if is_last else [v for v in later if is_float(v.aval)],
+                [] if is_last else [v for v in later if not is_float(v.aval)],
+                [
+                    (task, v)
+                    for task, part in enumerate(heads)
+                    for v in dict.fromkeys(v for s in part for v in _reads(s))
+                    if v in earlier and is_float(v.aval)
+                ],
+                bool(steps) and not any(map(_has_products, steps[:-1])),
+            )
+        )
+    return found
+
+
+def _has_products(step: Any) -> bool:
+    if isinstance(step, Scan):
+        return True
+    return step.eqn is not None and operations(step.eqn) > 0
+
+
+Cotangents = dict[Value, jax.Array]
+
+
 class Forward:
-    """The losses and what pulls cotangents back.
+    """The losses, and what pulls cotangents back stage by stage.
 
     Attributes:
       losses: ``(m,)``.
       aux: The other outputs of the program.
       residuals: For each use, its DATA operands.
+      pulls: For each stage, the backward pass.
     """
 
     def __init__(
-        self, program: Program, parts: Split, leaves: list[jax.Array], constants: list[jax.Array]
+        self,
+        program: Program,
+        found: list[Stage],
+        leaves: list[jax.Array],
+        constants: list[jax.Array],
     ) -> None:
-        """Evaluates the steps that several tasks depend on, then all others."""
+        """Evaluates one stage after the other."""
+        self.stages = found
+        env = execute.shared_env(program, leaves, constants)
+        for v in execute.needed(program.steps):
+            execute.resolve(env, v)
         shapes = dict(zip(program.uses, execute.tap_shapes(program), strict=True))
-        of_trunk = [use for step in parts.trunk for use in _uses(step)]
-        of_rest = [use for use in program.uses if use not in set(of_trunk)]
-        made = {v for step in parts.trunk for v in step.outs}
-        cuts = [
-            (task, v)
-            for task, steps in enumerate(parts.heads)
-            for v in dict.fromkeys(v for step in steps for v in _reads(step))
-            if v in made and is_float(v.aval)
-        ]
-        # The losses themselves are the last value of the trunk where there are no heads.
-        moving = list(dict.fromkeys([v for _, v in cuts] or program.outs[:1]))
-        later = [v for steps in (*parts.heads, parts.rest) for s in steps for v in _reads(s)]
-        fixed = [v for v in dict.fromkeys([*later, *program.outs]) if v in made]
-        fixed = [v for v in fixed if v not in moving]
+        self.residuals: Residuals = {}
+        self.pulls = []
+        for stage in found:
+            outs, self_pull, (fixed, residuals) = jax.vjp(
+                functools.partial(_run, program, stage, env),
+                [[jnp.zeros(s.shape, s.dtype) for s in shapes[use]] for use in stage.uses],
+                [jnp.zeros(v.aval.shape, v.aval.dtype) for _, v in stage.cuts],
+                [env[v] for v in stage.params],
+                [env[v] for v in stage.ins],
+                has_aux=True,
+            )
+            self.pulls.append(self_pull)
+            self.residuals.update(zip(stage.uses, residuals, strict=True))
+            if stage is not found[-1]:
+                env.update(zip((*stage.outs, *stage.fixed), (*outs, *fixed), strict=True))
+        (self.losses,), self.aux = outs, fixed
 
-        def zeros(uses: Sequence[Use]) -> list[list[jax.Array]]:
-            return [[jnp.zeros(s.shape, s.dtype) for s in shapes[use]] for use in uses]
+    def pull_tasks(self, consume: Callable[[dict[Use, list[jax.Array]]], Any]) -> None:
+        """Pulls the loss of every task back by itself.
 
-        def trunk(taps: list[list[jax.Array]], leaves: list[jax.Array]) -> Any:
-            env = execute.shared_env(program, leaves, constants)
-            found: Residuals = {}
-            execute.run_steps(parts.trunk, env, dict(zip(of_trunk, taps, strict=True)), found)
-            others = [env[v] for v in fixed], [found[use] for use in of_trunk]
-            return [env[v] for v in moving], others
-
-        def rest(
-            taps: list[list[jax.Array]],
-            added: list[jax.Array],
-            leaves: list[jax.Array],
-            values: list[jax.Array],
-        ) -> Any:
-            env = execute.shared_env(program, leaves, constants)
-            env.update(zip((*moving, *fixed), (*values, *others), strict=True))
-            found: Residuals = {}
-            of_uses = dict(zip(of_rest, taps, strict=True))
-            for task, steps in enumerate(parts.heads):
-                own = dict(env)
-                for (reader, v), x in zip(cuts, added, strict=True):
-                    if reader == task:
-                        own[v] = env[v] + x
-                execute.run_steps(steps, own, of_uses, found)
-                env.update((v, own[v]) for step in steps for v in step.outs)
-            execute.run_steps(parts.rest, env, of_uses, found)
-            outs = [env[v] if v in env else execute.resolve(env, v) for v in program.outs]
-            return outs[0], (outs[1:], [found[use] for use in of_rest])
-
-        values, pull_trunk, (others, of_uses) = jax.vjp(
-            trunk, zeros(of_trunk), leaves, has_aux=True
-        )
-        added = [jnp.zeros(v.aval.shape, v.aval.dtype) for _, v in cuts]
-        self.losses, pull_rest, (self.aux, of_others) = jax.vjp(
-            rest, zeros(of_rest), added, leaves, values, has_aux=True
-        )
-        self.residuals = dict(zip((*of_trunk, *of_rest), (*of_uses, *of_others), strict=True))
-        self.pulls = pull_trunk, pull_rest
-        self._moving, self._cuts = moving, cuts
-        self._of_trunk, self._of_rest = of_trunk, of_rest
-
-    def cotangents(self) -> dict[Use, list[jax.Array]]:
-        """Returns those of all taps, ``(m, *shape)``; ``(1, *shape)`` for a use in a head."""
-        losses, (pull_trunk, pull_rest) = self.losses, self.pulls
-        if not self._cuts:
-
-            def pull(unit: jax.Array) -> Any:
-                of_rest, _, _, values = pull_rest(unit)
-                return pull_trunk(values)[0], of_rest
-
-            of_trunk, of_rest = jax.vmap(pull)(linalg.units(losses))
+        Args:
+          consume: Takes the cotangents of the taps of each stage, the last stage first: ``(m,
+            *shape)``, of a use in a head ``(1, *shape)``. The cotangents of the next stage are not
+            computed before what it returns is known, if that is an array.
+        """
+        *others, last = self.stages
+        losses, pull = self.losses, self.pulls[-1]
+        cotangents: Cotangents = {}
+        if last.cuts:
+            taps, of_cuts, _, _ = pull([jnp.ones_like(losses)])
+            taps = jax.tree.map(lambda x: x[None], taps)
+            known = dict(zip(last.cuts, of_cuts, strict=True))
+            for v in dict.fromkeys(v for _, v in last.cuts):
+                zero = jnp.zeros(v.aval.shape, v.aval.dtype)
+                rows = [known.get((i, v), zero) for i in range(losses.shape[0])]
+                cotangents[v] = jnp.stack(rows)
         else:
-            of_rest, of_cuts, _, _ = pull_rest(jnp.ones_like(losses))
-            of_rest = jax.tree.map(lambda x: x[None], of_rest)
-            known = dict(zip(self._cuts, of_cuts, strict=True))
-            zero = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in self._moving]
-            values = [
-                jnp.stack([known.get((i, v), z) for i in range(losses.shape[0])])
-                for v, z in zip(self._moving, zero, strict=True)
-            ]
-            of_trunk = jax.vmap(lambda values: pull_trunk(values)[0])(values)
-        uses = *self._of_trunk, *self._of_rest
-        return dict(zip(uses, (*of_trunk, *of_rest), strict=True))
+            taps, _, _, ins = jax.vmap(lambda unit: pull([unit]))(linalg.units(losses))
+            cotangents.update(zip(last.ins, ins, strict=True))
+        done = consume(dict(zip(last.uses, taps, strict=True)))
+        for stage, pull in zip(others[::-1], self.pulls[-2::-1], strict=True):
+            cotangents = dict(
+                zip(cotangents, factors.after(done, list(cotangents.values())), strict=True)
+            )
+            outs = [_taken(cotangents, v, losses.shape) for v in stage.outs]
+            taps, _, _, ins = jax.vmap(pull)(outs)
+            done = consume(dict(zip(stage.uses, taps, strict=True)))
+            if stage.is_layer:  # Nothing is computed twice, and the taps need not wait for these.
+                _, _, _, ins = jax.vmap(pull)(factors.after(done, outs))
+            _add(cotangents, stage.ins, ins)
 
 
-def pull(pulls: Any, weights: jax.Array) -> list[jax.Array]:
-    """Returns ``J^T w`` for every leaf, given the ``pulls`` of a `Forward`."""
-    pull_trunk, pull_rest = pulls
-    _, _, of_heads, values = pull_rest(weights)
-    _, of_trunk = pull_trunk(values)
-    return [x + y for x, y in zip(of_trunk, of_heads, strict=True)]
+def _run(
+    program: Program,
+    stage: Stage,
+    env: execute.Env,
+    taps: list[list[jax.Array]],
+    added: list[jax.Array],
+    params: list[jax.Array],
+    ins: list[jax.Array],
+) -> Any:
+    """Runs a stage; returns its outs, then what carries no derivative and the residuals."""
+    env = {**env, **dict(zip((*stage.params, *stage.ins), (*params, *ins), strict=True))}
+    residuals: Residuals = {}
+    of_uses = dict(zip(stage.uses, taps, strict=True))
+    for task, steps in enumerate(stage.heads):
+        own = dict(env)
+        for (reader, v), x in zip(stage.cuts, added, strict=True):
+            if reader == task:
+                own[v] = env[v] + x
+        execute.run_steps(steps, own, of_uses, residuals)
+        env.update((v, own[v]) for step in steps for v in step.outs)
+    execute.run_steps(stage.steps, env, of_uses, residuals)
+    fixed = [env[v] for v in stage.fixed]
+    if stage.outs[:1] == list(program.outs[:1]):
+        fixed = [env[v] if v in env else execute.resolve(env, v) for v in program.outs[1:]]
+    return [env[v] for v in stage.outs], (fixed, [residuals[use] for use in stage.uses])
+
+
+def _taken(cotangents: Cotangents, v: Value, lead: tuple[int, ...] = ()) -> jax.Array:
+    """Removes and returns the cotangent of a value, zeros where nothing has arrived."""
+    found = cotangents.pop(v, None)
+    return jnp.zeros((*lead, *v.aval.shape), v.aval.dtype) if found is None else found
+
+
+def _add(cotangents: Cotangents, values: Iterable[Value], found: Iterable[jax.Array]) -> None:
+    for v, x in zip(values, found, strict=True):
+        cotangents[v] = cotangents[v] + x if v in cotangents else x
+
+
+def pull(found: list[Stage], pulls: Sequence[Any], weights: jax.Array) -> Cotangents:
+    """Returns ``J^T w`` for every PARAM value, given the ``pulls`` of a `Forward`."""
+    cotangents: Cotangents = {}
+    of_params: Cotangents = {}
+    outs = [weights]
+    for k in reversed(range(len(found))):
+        stage = found[k]
+        _, _, params, ins = pulls[k](outs)
+        _add(of_params, stage.params, params)
+        _add(cotangents, stage.ins, ins)
+        outs = [_taken(cotangents, v) for v in found[k - 1].outs] if k else []
+    return of_params

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import arguments, linalg
-from jaxmtl.engine import linearity
+from jaxmtl.engine import execute, linearity
 from jaxmtl.engine.build import REMAT, build
-from jaxmtl.engine.heads import pull, split
+from jaxmtl.engine.heads import Stage, pull, split
 from jaxmtl.engine.plan import describe
-from jaxmtl.engine.program import as_function
+from jaxmtl.engine.program import Program, as_function
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
 from jaxmtl.engine.task_pass import Layers
@@ -394,8 +394,12 @@ class PerTask(Tasks):
             aux = jax.tree.unflatten(jax.tree.structure(traced[1][1]), self.layers.aux)
             self.losses, self.aux = self.layers.losses, aux
             self._linear = functools.cache(lambda: of_leaves(shared)[0])
-            residual: Any = self.layers.forward.pulls
-            as_gradients = Pull(treedef, shared, functools.partial(_pull_layers, self.losses.dtype))
+            layers = self.layers
+            residual: Any = layers.leaves, layers.constants, layers.forward.pulls
+            one = functools.partial(
+                _pull_layers, layers.plan.program, layers.forward.stages, self.losses.dtype
+            )
+            as_gradients = Pull(treedef, shared, one)
         else:
             linear, aux = of_leaves(shared)
             super().__init__(linear, aux)
@@ -465,9 +469,16 @@ def _has_remat(jaxpr: Any) -> bool:
 
 
 def _pull_layers(
-    dtype: jnp.dtype, residual: Any, weights: jax.Array, wanted: Sequence[bool]
+    program: Program,
+    stages: list[Stage],
+    dtype: jnp.dtype,
+    residual: Any,
+    weights: jax.Array,
+    wanted: Sequence[bool],
 ) -> list[jax.Array]:
-    return pull(residual, weights.astype(dtype))
+    leaves, constants, pulls = residual
+    cotangents = pull(stages, pulls, weights.astype(dtype))
+    return execute.pull_to_leaves(program, leaves, constants, cotangents)
 
 
 def _pull(

@@ -9,11 +9,12 @@ from jax import lax
 
 from jaxmtl import linalg
 from jaxmtl.engine import execute, factors
-from jaxmtl.engine.heads import Forward, Split
+from jaxmtl.engine.heads import Forward, Split, stages
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import DATA, Use
+from jaxmtl.engine.task_plan import largest_output, num_outputs
 
 Table = tuple[jax.Array, jax.Array, jax.Array]  # what `Layers.table` returns
 
@@ -22,19 +23,20 @@ class Layers:
     """One forward pass, whose cotangents are pulled back to the outputs of all uses."""
 
     def __init__(
-        self, plan: Plan, split: Split, leaves: list[jax.Array], constants: list[jax.Array]
+        self, plan: Plan, parts: Split, leaves: list[jax.Array], constants: list[jax.Array]
     ) -> None:
         """Evaluates the losses.
 
         Args:
           plan: Of the losses over one batch.
-          split: Which of its steps one task alone depends on.
+          parts: Which of its steps one task alone depends on.
           leaves: The parameters.
           constants: What the losses close over, data among them.
         """
-        self.plan, self.split = plan, split
+        self.plan, self.parts = plan, parts
         self.leaves, self.constants = leaves, constants
-        self.forward = Forward(plan.program, split, leaves, constants)
+        cuts = stages(plan.program, parts, largest_output(plan.program), num_outputs)
+        self.forward = Forward(plan.program, cuts, leaves, constants)
         self.losses, self.aux = self.forward.losses, self.forward.aux
 
     def table(self, dtype: jnp.dtype, scaled: bool) -> Table:
@@ -43,27 +45,52 @@ class Layers:
         If ``scaled``, each row is divided by two to the power of its exponent. Each group has
         exponents of its own at first, so that no layer waits for the cotangents of the others.
         """
-        m = self.losses.shape[0]
-        cotangents = self.forward.cotangents()
         env = execute.shared_env(self.plan.program, self.leaves, self.constants)
-        found = []
-        for group in self.plan.groups:
-            if self.plan.counts(group):
-                tasks, some = self._of_group(group, cotangents)
-                block, nonzero, exponent = self._block(env, group, some, dtype, scaled)
-                if tasks is not None:
-                    at = jnp.asarray(tasks)
-                    block = jnp.zeros((m, m), dtype).at[at[:, None], at].set(block)
-                    nonzero = jnp.zeros((m,), bool).at[at].set(nonzero)
-                    exponent = jnp.zeros((m,), exponent.dtype).at[at].set(exponent)
-                found.append((block, nonzero, exponent))
-        return _sum_of_tables(found, m, dtype)
+        held: dict[Use, list[jax.Array]] = {}
+        waiting = [group for group in self.plan.groups if self.plan.counts(group)]
+        found: list[Table] = []
+
+        def consume(taps: dict[Use, list[jax.Array]]) -> jax.Array | None:
+            held.update(taps)
+            tables = []
+            for group in list(waiting):
+                if all(use in held for use in group.uses):
+                    waiting.remove(group)
+                    tables.append(self._of_group(env, group, held, dtype, scaled))
+                    for use in group.uses:
+                        del held[use]
+            found.extend(tables)
+            return sum(block for block, _, _ in tables) if tables else None
+
+        self.forward.pull_tasks(consume)
+        return _sum_of_tables(found, self.losses.shape[0], dtype)
 
     def _of_group(
+        self,
+        env: execute.Env,
+        group: Group,
+        cotangents: dict[Use, list[jax.Array]],
+        dtype: jnp.dtype,
+        scaled: bool,
+    ) -> Table:
+        """Returns the part of a group in the Gramian."""
+        m = self.losses.shape[0]
+        tasks, some = self._selected(group, cotangents)
+        block, nonzero, exponent = self._block(env, group, some, dtype, scaled)
+        if tasks is None:
+            return block, nonzero, exponent
+        at = jnp.asarray(tasks)
+        return (
+            jnp.zeros((m, m), dtype).at[at[:, None], at].set(block),
+            jnp.zeros((m,), bool).at[at].set(nonzero),
+            jnp.zeros((m,), exponent.dtype).at[at].set(exponent),
+        )
+
+    def _selected(
         self, group: Group, cotangents: dict[Use, list[jax.Array]]
     ) -> tuple[list[int] | None, list[list[jax.Array]]]:
         """Returns the tasks that depend on a group, None for all, and the cotangents of each."""
-        m, of_use = self.losses.shape[0], self.split.of_use
+        m, of_use = self.losses.shape[0], self.parts.of_use
         known = [of_use.get(use) for use in group.uses]
         tasks = None if None in known else sorted({i for i in known if i is not None})
         order = range(m) if tasks is None else tasks
@@ -91,8 +118,7 @@ class Layers:
             nonzero, exponent = linalg.row_exponents(cotangents, count, dtype)
 
         def columns(x: jax.Array, first: int, last: int) -> jax.Array:
-            some = x[first:last]
-            return linalg.scale_rows(some, -exponent[first:last], dtype) if scaled else some
+            return linalg.scale_rows(x, -exponent[first:last], dtype) if scaled else x
 
         def both(table: jax.Array) -> jax.Array:
             return linalg.ldexp(table, -exponent[:, None]) if scaled else table
@@ -114,13 +140,8 @@ class Layers:
         if not group.chunk_size:
             rows = jax.vmap(pull)(cotangents)
 
-            def products(first: int, last: int) -> jax.Array:
-                return sum(
-                    linalg.row_products(x[first:], columns(x, first, last), dtype) for x in rows
-                )
-
-            block = factors.by_columns(count, products, is_symmetric=True)
-            return _mirrored(both(block)), nonzero, exponent
+            total = sum(factors.by_blocks(x, x, columns, 0, True, dtype) for x in rows)
+            return _mirrored(both(total)), nonzero, exponent
 
         def column(j: jax.Array) -> jax.Array:
             one = jax.tree.map(lambda x: x[j], cotangents)
@@ -131,9 +152,7 @@ class Layers:
             pushed = push(pull(one))
             return sum(
                 linalg.row_products(x, y[None], dtype)[:, 0]
-                for x, y in zip(
-                    jax.tree.leaves(cotangents), jax.tree.leaves(pushed), strict=True
-                )
+                for x, y in zip(jax.tree.leaves(cotangents), jax.tree.leaves(pushed), strict=True)
             )
 
         if group.chunk_size >= count:
@@ -142,9 +161,7 @@ class Layers:
             block = lax.map(column, jnp.arange(count), batch_size=group.chunk_size).T
         return both(block), nonzero, exponent
 
-    def _factors(
-        self, part: Part, cotangents: list[jax.Array], env: execute.Env
-    ) -> factors.Outer:
+    def _factors(self, part: Part, cotangents: list[jax.Array], env: execute.Env) -> factors.Outer:
         """Returns X, of one row, and Y of a part."""
         use = part.use
         x = rule_of(use).left(use, self.forward.residuals[use][0][None], part.factors)
@@ -174,7 +191,7 @@ class Layers:
                 values = {v: execute.resolve(fresh, v) for v in group.values}
             found = []
             for use in group.uses:
-                known = {v: env[v] if v in env else v.literal for v in use.ins if v.kind != DATA}
+                known = {v: execute.resolve(env, v) for v in use.ins if v.kind != DATA}
                 known.update(zip(use.data, self.forward.residuals[use], strict=True))
                 known.update((v, values[v]) for v in use.params)
                 fun = execute.over_loops(use, use.loops, data_varies=True)

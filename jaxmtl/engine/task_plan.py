@@ -10,36 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxmtl.engine import factors, paths
 from jaxmtl.engine.plan import MEMORY_COST, Group, Plan, group_uses, parts_of
-from jaxmtl.engine.program import PARAM, Program, Scan, Use, Value, is_float
+from jaxmtl.engine.program import PARAM, Program, Scan, Use, Value, is_float, operations
 from jaxmtl.engine.views import Views
 
 # The cotangents that exist at a time, of all tasks at some layers, take at most this many bytes.
 _MOST_BYTES = 2**30
 _MOST_PAIRS = 64
-
-
-def operations(eqn: Any) -> int:
-    """Returns the multiplications and additions of the products of an equation."""
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        (contract, _), _ = params["dimension_numbers"]
-        size = math.prod(eqn.invars[0].aval.shape[a] for a in contract)
-        return 2 * size * math.prod(eqn.outvars[0].aval.shape)
-    if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
-        per_output = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
-        total = 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
-        return total // math.prod(params["lhs_dilation"])
-    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(params)]
-    found = [sum(map(operations, body.eqns)) for body in bodies]
-    if name == "cond":
-        return max(found)
-    return sum(found) * params.get("length", 1) if name == "scan" else sum(found)
 
 
 def _of_use(use: Use) -> int:
@@ -63,10 +43,11 @@ def _of_origins(values: Sequence[Value]) -> int:
 
 def largest_output(program: Program) -> int:
     """Returns the number of entries of the largest output of a use."""
-    return max((_outputs(use) for use in program.uses), default=0)
+    return max((num_outputs(use) for use in program.uses), default=0)
 
 
-def _outputs(use: Use) -> int:
+def num_outputs(use: Use) -> int:
+    """Returns the number of entries of the outputs of a use."""
     times = math.prod(loop.length for loop in use.loops)
     return times * sum(math.prod(aval.shape) for aval in use.taps)
 
@@ -164,7 +145,7 @@ def _choose(
     if alone and not is_mixed and views.of(group.values[0]) is not None:
         group.method, size, of_origins = "rows", math.prod(group.values[0].shape), 0
     pull = sum(map(_of_use, group.uses)) + of_origins
-    outputs = sum(map(_outputs, group.uses))
+    outputs = sum(map(num_outputs, group.uses))
     chunk_size = min(max(budget // (2 * max(size, 1)), 1), m)
     of_rows = m * size + m * size // factors.num_blocks(m)
     moved = 2 * MEMORY_COST * m * size
@@ -254,8 +235,10 @@ def _measure(group: Group, program: Program, m: int) -> None:
     leaves = [program.leaves[leaf].aval for leaf in group.leaves]
     itemsize = max(max(jnp.finfo(aval.dtype).bits for aval in leaves), 32) // 8
     if group.method == "factors":
-        found = [_of_pair(group.parts[i], group.parts[j], how, m) for (i, j), how in
-                 group.pairings.items()]
+        found = [
+            _of_pair(group.parts[i], group.parts[j], how, m)
+            for (i, j), how in group.pairings.items()
+        ]
         group.operations = round(sum(some for some, _ in found))
         group.memory = itemsize * max(entries for _, entries in found)
         return
@@ -265,7 +248,7 @@ def _measure(group: Group, program: Program, m: int) -> None:
         size = math.prod(group.values[0].shape)
         pull = sum(map(_of_use, group.uses))
     if group.chunk_size:
-        group.operations = 2 * m * (pull + m * sum(map(_outputs, group.uses)))
+        group.operations = 2 * m * (pull + m * sum(map(num_outputs, group.uses)))
     else:
         group.operations = round(m * pull + _of_half(m) * size)
     group.memory = itemsize * (group.chunk_size or m) * size
