@@ -1,6 +1,6 @@
 """Run a ``Program``: its losses, the taps on its uses, and the gradients that follow from them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,7 +133,7 @@ def run(
 def run_steps(
     steps: Sequence[Any],
     env: Env,
-    taps: dict[Use, Sequence[jax.Array]],
+    taps: Mapping[Use, Sequence[jax.Array]],
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     """Runs steps that are outside all loops; ``env`` and ``residuals`` are added to."""
@@ -145,7 +145,7 @@ def run_steps(
 def _run_steps(
     steps: Iterable[Any],
     env: Env,
-    taps: dict[Use, Sequence[jax.Array]],
+    taps: Mapping[Use, Sequence[jax.Array]],
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     for step in steps:
@@ -171,7 +171,7 @@ def _run_steps(
 def _run_scan(
     scan: Scan,
     env: Env,
-    taps: dict[Use, Sequence[jax.Array]],
+    taps: Mapping[Use, Sequence[jax.Array]],
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     sliced = [v for v in needed(scan.steps) if scan.loop in v.loops]

@@ -178,7 +178,7 @@ def by_blocks(
         bounds = [(i, min(i + size, len(x))) for i in range(0, len(x), size)]
         return [(x[first:last], first, last) for first, last in bounds]
 
-    of_rows, found = pieces(rows), []
+    of_rows, found = pieces(rows), list[list[jax.Array]]()
     for piece, first, last in pieces(others):
         known = found[-1][-1] if found else None
         some = columns(after(known, piece), first, last)

@@ -1,6 +1,7 @@
 """The losses of m tasks over one batch, pulled back to the outputs of layers, and their Gramian."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ class Layers:
                     for use in group.uses:
                         del held[use]
             found.extend(tables)
-            return sum(block for block, _, _ in tables) if tables else None
+            return _sum(block for block, _, _ in tables) if tables else None
 
         self.forward.pull_tasks(consume)
         return _sum_of_tables(found, self.losses.shape[0], dtype)
@@ -140,7 +141,7 @@ class Layers:
         if not group.chunk_size:
             rows = jax.vmap(pull)(cotangents)
 
-            total = sum(factors.by_blocks(x, x, columns, 0, True, dtype) for x in rows)
+            total = _sum(factors.by_blocks(x, x, columns, 0, True, dtype) for x in rows)
             return _mirrored(both(total)), nonzero, exponent
 
         def column(j: jax.Array) -> jax.Array:
@@ -150,7 +151,7 @@ class Layers:
                 one = linalg.scale_rows(one, -exponent[j][None], dtype)
                 one = jax.tree.map(lambda x, y: x[0].astype(y.dtype), one, cotangents)
             pushed = push(pull(one))
-            return sum(
+            return _sum(
                 linalg.row_products(x, y[None], dtype)[:, 0]
                 for x, y in zip(jax.tree.leaves(cotangents), jax.tree.leaves(pushed), strict=True)
             )
@@ -206,6 +207,10 @@ class Layers:
         _, push = jax.linearize(outputs, inputs)
         transpose = jax.linear_transpose(push, inputs)
         return push, lambda cotangents: transpose(cotangents)[0]
+
+
+def _sum(tables: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, tables)
 
 
 def _at(x: jax.Array, place: int, count: int) -> jax.Array:
