@@ -93,7 +93,7 @@ class Stage:
       params: The PARAM values that they read.
       ins: The values of earlier stages that they read and that carry a derivative.
       outs: Their own that later stages read likewise; of the last stage the losses.
-      fixed: Their own that later stages read, but carry none.
+      fixed: Their own that later stages read, but carry none; of the last stage the other outputs.
       cuts: The reads of the trunk by heads, which have cotangents of their own.
       is_layer: Whether only its last step is a product.
     """
@@ -130,6 +130,7 @@ def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], i
         if 4 * total > most:  # The cotangent of the stage is then that of a tap.
             pieces.append([])
             total = 0
+    pieces = [piece for piece in pieces if piece]
     none: list[list[Any]] = [[] for _ in parts.heads]
     all_steps = [(piece, none) for piece in pieces] + [(parts.rest, parts.heads)]
     made = [{v for s in steps for v in s.outs} for steps, _ in all_steps]
@@ -153,7 +154,7 @@ def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], i
                 [v for v in execute.needed(every) if v.kind == PARAM],
                 [v for v in reads[k] if v in earlier and is_float(v.aval)],
                 [program.outs[0]] if is_last else [v for v in later if is_float(v.aval)],
-                [] if is_last else [v for v in later if not is_float(v.aval)],
+                list(program.outs[1:]) if is_last else [v for v in later if not is_float(v.aval)],
                 [
                     (task, v)
                     for task, part in enumerate(heads)
@@ -242,6 +243,8 @@ class Forward:
             cotangents = dict(
                 zip(cotangents, factors.after(done, list(cotangents.values())), strict=True)
             )
+            if not stage.outs:  # No loss depends on it differentiably, so that it has no uses.
+                continue
             outs = [_taken(cotangents, v, losses.shape) for v in stage.outs]
             taps, _, _, ins = jax.vmap(pull)(outs)
             done = consume(dict(zip(stage.uses, taps, strict=True)))
@@ -271,9 +274,7 @@ def _run(
         execute.run_steps(steps, own, of_uses, residuals)
         env.update((v, own[v]) for step in steps for v in step.outs)
     execute.run_steps(stage.steps, env, of_uses, residuals)
-    fixed = [env[v] for v in stage.fixed]
-    if stage.outs[:1] == list(program.outs[:1]):
-        fixed = [env[v] if v in env else execute.resolve(env, v) for v in program.outs[1:]]
+    fixed = [env[v] if v in env else execute.resolve(env, v) for v in stage.fixed]
     return [env[v] for v in stage.outs], (fixed, [residuals[use] for use in stage.uses])
 
 
