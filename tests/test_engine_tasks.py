@@ -192,9 +192,22 @@ def closed_over():
     return of_params, params, (), "rows of the tasks"
 
 
-MODELS = {f.__name__: f for f in (dense, narrow_layers, wide_layers, penalty, matrices_of_other_matrices, convolutions,
-          tied_language_model, stacked_layers, functions_of_parameters, heads_of_several_kinds,
-          closed_over)}  # fmt: skip
+MODELS = {
+    f.__name__: f
+    for f in (
+        dense,
+        narrow_layers,
+        wide_layers,
+        penalty,
+        matrices_of_other_matrices,
+        convolutions,
+        tied_language_model,
+        stacked_layers,
+        functions_of_parameters,
+        heads_of_several_kinds,
+        closed_over,
+    )
+}
 
 
 def rows_of(jacobian):
@@ -358,7 +371,7 @@ def test_memory_of_dense_layers(m):
     found = temporary(step_of(losses_fn, m), params, jnp.ones(m), *args)
     assert found <= 4 * m * BATCH * WIDTH * 4 + plain
     text = explain(losses_fn, params, *args)
-    assert text.count("structured") == 4 + m
+    assert text.count("structured") == 4  # and rows in the heads
 
 
 def small_cnn(m):
@@ -401,13 +414,13 @@ def small_transformer(m):
         h = p["table"][tokens]
         for layer in p["blocks"]:
             mixed = norm(h, layer["scales"][0]) @ layer["qkv"]
-            q, k, v = jnp.moveaxis(mixed.reshape(*h.shape[:2], 3, 4, -1), 2, 0)
+            q, k, v = (x.reshape(*h.shape[:2], 4, -1) for x in jnp.split(mixed, 3, -1))
             scores = jax.nn.softmax(jnp.einsum("bthe,bshe->bhts", q, k))
             h = h + jnp.einsum("bhts,bshe->bthe", scores, v).reshape(h.shape) @ layer["out"]
             h = h + jax.nn.gelu(norm(h, layer["scales"][1]) @ layer["up"]) @ layer["down"]
         return errors(jnp.mean(h, 1), y, p["heads"])
 
-    return losses, params, (indices(10, 100, 4, 16), normal(11, 4, 2)), 4 * 16 * 4 * width
+    return losses, params, (indices(10, 100, 8, 8), normal(11, 8, 2)), 8 * 8 * 4 * width
 
 
 @pytest.mark.parametrize("model", [small_cnn, small_transformer])

@@ -212,7 +212,7 @@ def num_blocks(m: int) -> int:
     The more there are, the less of a symmetric table is computed twice and the less memory is taken
     meanwhile; the fewer, the larger the products.
     """
-    return max(1, min(4, m // 2))
+    return max(1, min(4, m))
 
 
 def _flat(factor: Factor) -> jax.Array:

@@ -95,7 +95,7 @@ class Stage:
       outs: Their own that later stages read likewise; of the last stage the losses.
       fixed: Their own that later stages read, but carry none; of the last stage the other outputs.
       cuts: The reads of the trunk by heads, which have cotangents of their own.
-      is_layer: Whether only its last step is a product.
+      is_layer: Whether only its last step is a use or a product.
     """
 
     steps: list[Any]
@@ -112,6 +112,8 @@ class Stage:
 def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], int]) -> list[Stage]:
     """Cuts a program into stages, so that not all cotangents exist at a time.
 
+    A layer after other uses or products begins a stage, and a large one ends it.
+
     Args:
       program: The losses over one batch.
       parts: Its steps by who depends on them.
@@ -119,17 +121,18 @@ def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], i
       size_of: The number of those of a use.
     """
     pieces: list[list[Any]] = [[]]
-    total = 0
+    total, is_layer = 0, False
     for step in parts.trunk:
-        size = sum(map(size_of, _uses(step)))
-        if total + size > most and total:
+        size, has_products = sum(map(size_of, _uses(step))), _has_products(step)
+        is_next = has_products and size and (total or is_layer)
+        if is_next or (total and total + size > most):
             pieces.append([])
-            total = 0
+            total, is_layer = 0, False
         pieces[-1].append(step)
-        total += size
+        total, is_layer = total + size, is_layer or has_products
         if 4 * total > most:  # The cotangent of the stage is then that of a tap.
             pieces.append([])
-            total = 0
+            total, is_layer = 0, False
     pieces = [piece for piece in pieces if piece]
     none: list[list[Any]] = [[] for _ in parts.heads]
     all_steps = [(piece, none) for piece in pieces] + [(parts.rest, parts.heads)]
@@ -161,7 +164,7 @@ def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], i
                     for v in dict.fromkeys(v for s in part for v in _reads(s))
                     if v in earlier and is_float(v.aval)
                 ],
-                bool(steps) and not any(map(_has_products, steps[:-1])),
+                bool(steps) and not any(_uses(s) or _has_products(s) for s in steps[:-1]),
             )
         )
     return found

@@ -1,4 +1,8 @@
-"""The task route: m losses over one batch, at most ``chunk_size`` gradients at a time."""
+"""The task route: m losses over one batch.
+
+They are pulled back to the outputs of layers (`Layers`), or at most ``chunk_size`` gradients at a
+time are pulled back and pushed forward again (`Linear`).
+"""
 
 import dataclasses
 import functools

@@ -79,7 +79,9 @@ def make_task_plan(
         m = num_tasks if -1 in tasks else len(tasks)
         sizes = [math.prod(program.leaves[i].shape) for i in group.leaves if in_gramian[i]]
         is_mixed = not all(in_gramian[i] for i in group.leaves)
-        cost, whole = _choose(group, views, m, sum(sizes), is_mixed, 2 * num_tasks * largest)
+        cost, whole = _choose(
+            group, views, m, sum(sizes), is_mixed, max(2 * num_tasks, 3) * largest
+        )
         _measure(group, program, m)
         found, pushed = found + cost, pushed + whole * num_tasks / m
     pushed += num_tasks * _of_data(program)
