@@ -31,8 +31,9 @@ def value_and_gramian(
     examples with respect to this parameter alone (`explain` tells which). Without, m tasks over one
     batch, the losses are pulled back to the outputs of layers, about a third of a gradient for each
     task, and inner products are taken there likewise; or, with ``chunk_size``, that many gradients
-    at a time are pulled back and pushed forward again, which takes less memory. For separate data, one function and one batch per task, each loss costs one forward and one backward pass;
-    rows of parameters that it does not depend on are not formed.
+    at a time are pulled back and pushed forward again, which takes less memory. For separate data,
+    one function and one batch per task, each loss costs one forward and one backward pass; rows of
+    parameters that it does not depend on are not formed.
 
     Args:
       losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)``; with ``in_axes``, the loss of one
@@ -50,10 +51,11 @@ def value_and_gramian(
       shared: A pytree prefix of booleans, or a function of a leaf's path: parameters marked False
         stay out of the Gramian, and the pullback gives them ``J^T h`` in place of ``J^T w``.
       has_aux: Whether ``losses_fn`` returns ``(losses, aux)``; see `jaxmtl.value_and_jacobian`.
-      chunk_size: How many gradients exist at a time, without ``in_axes``. If None, none exist, but
-        the cotangents of all tasks at one layer; or, one after the other, all gradients, where this
-        takes fewer operations, these cotangents more than 1 GiB, or the model has checkpoints,
-        lies on several devices, or has no forward mode. For separate data all m if None; else ``chunk_size = c`` of them are kept at a time, beside the one that
+      chunk_size: How many gradients exist at a time, without ``in_axes``. If None, the cotangents of
+        all tasks at one layer do in their place; one gradient after the other where this takes
+        fewer operations, these cotangents more than 1 GiB, or the model has checkpoints, lies on
+        several devices or is an ``encoder``; all m where there is no forward mode. For separate
+        data all m if None; else ``chunk_size = c`` of them are kept at a time, beside the one that
         they are compared with, at the price of up to ``m (m / c + 1) / 2`` backward passes for the
         Gramian and m for the weighted sum, as `explain` tells.
 
