@@ -51,7 +51,7 @@ def value_and_gramian(
       shared: A pytree prefix of booleans, or a function of a leaf's path: parameters marked False
         stay out of the Gramian, and the pullback gives them ``J^T h`` in place of ``J^T w``.
       has_aux: Whether ``losses_fn`` returns ``(losses, aux)``; see `jaxmtl.value_and_jacobian`.
-      chunk_size: How many gradients exist at a time, without ``in_axes``. If None, the cotangents of
+      chunk_size: How many gradients exist at a time, without ``in_axes``. If None the cotangents of
         all tasks at one layer do in their place; one gradient after the other where this takes
         fewer operations, these cotangents more than 1 GiB, or the model has checkpoints, lies on
         several devices or is an ``encoder``; all m where there is no forward mode. For separate
