@@ -13,9 +13,9 @@ from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import Program, Use, Value
 from jaxmtl.engine.views import Views
 
-# Moving one number to or from memory costs about as much as this many operations on it. LSTMs of 256
-# and 512 units with 8 to 28 steps, a batch of 32, take the same paths with 6 and with 16: the number
-# decides little, and the smaller one leaves more to the count of operations.
+# Moving one number to or from memory costs about as much as this many operations on it. LSTMs of
+# 256 and 512 units with 8 to 28 steps, a batch of 32, take the same paths with 6 and with 16: the
+# number decides little, and the smaller one leaves more to the count of operations.
 MEMORY_COST = 6
 # Rows are kept for the weighted sum if they take at most this many times the memory of what they
 # are made of; beyond it they are dropped and the weighted sum is taken afresh. More where this
