@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxmtl
-from tests import operations
+from experiments import operations
 
 WIDTH, BATCH, TASKS = 256, 64, (2, 4, 8)
 PAGE = Path(__file__).parents[1] / "notebooks" / "guide" / "routes.md"

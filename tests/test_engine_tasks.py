@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from experiments.operations import count
 from jaxmtl import upgrad
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
-from tests.operations import count
 
 
 def normal(seed, *shape):
