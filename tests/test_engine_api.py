@@ -81,9 +81,10 @@ def test_tasks_without_forward_mode_contract_rows(x64):
         return head_losses(params, _less_gradient(encode(params, x)))
 
     assert "custom_vjp_call has no forward mode" in explain(losses_fn, params, x)
-    assert "1 at a time" in explain(task_losses, params, x)
+    assert "2 at a time, pushed" in explain(task_losses, params, x, chunk_size=2)
     # A rule of its own on the data alone is no obstacle.
-    assert "1 at a time" in explain(lambda p, x: task_losses(p, _less_gradient(x)), params, x)
+    text = explain(lambda p, x: task_losses(p, _less_gradient(x)), params, x)
+    assert text.count("rows of the tasks (") == 4
     _, gramian, pullback = value_and_gramian(losses_fn)(params, x)
     jacobian = jax.jacrev(losses_fn)(params, x)
     assert_close(gramian, flat_rows(jacobian) @ flat_rows(jacobian).T)

@@ -101,8 +101,8 @@ def step():
     )
 
 
-def make_loss(steps):
-    def loss(params, x, index):
+def make_network(steps):
+    def network(params, x, index):
         h = x
         for kind, *choice in steps:
             if kind == "matrix":
@@ -120,19 +120,32 @@ def make_loss(steps):
                 h = _scan(h, params[f"matrix{choice[0]}"], params[f"vector{choice[1]}"])
             else:
                 h = _stack(h, *(params[f"matrix{i}"] for i in choice))
-        return jnp.sum(jnp.sin(h))
+        return h
 
-    return loss
+    return network
 
 
-def check(steps, seed):
+def check(steps, seed, in_axes=(None, 0, 0)):
+    """Of three examples with a loss each, or three tasks with two examples, one with a head."""
     rng = np.random.default_rng(seed)
-    loss, params = make_loss(steps), make_params(rng)
+    network, params = make_network(steps), make_params(rng)
     x, index, weights = rng.normal(size=(3, T, D)), rng.integers(0, 7, (3, T)), rng.normal(size=3)
 
+    def loss(params, x, index):
+        return jnp.sum(jnp.sin(network(params, x, index)))
+
+    def losses_of_tasks(params, x, index):
+        h = jax.vmap(network, (None, 0, 0))(params, x[:2], index[:2])
+        last = jnp.tanh(h @ params["matrix0"])
+        return jnp.stack([jnp.sum(jnp.sin(h)), jnp.sum(last**2), jnp.sum(jnp.cos(h[0]))])
+
     def both(params, x, index):
-        _, gramian, pullback = value_and_gramian(loss, in_axes=(None, 0, 0))(params, x, index)
-        jacobian = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, index)
+        fun = losses_of_tasks if in_axes is None else loss
+        _, gramian, pullback = value_and_gramian(fun, in_axes=in_axes)(params, x, index)
+        if in_axes is None:
+            jacobian = jax.jacrev(losses_of_tasks)(params, x, index)
+        else:
+            jacobian = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, index)
         rows = flat_rows(jacobian)
         grads = flat_rows(pullback(weights), 0)
         return gramian, rows @ rows.T, grads, weights @ rows
@@ -161,8 +174,15 @@ def test_random_programs(steps, seed):
     check(steps, seed)
 
 
+@settings(max_examples=6, derandomize=True, **SETTINGS)
+@given(**PROGRAMS)
+def test_random_programs_of_tasks(steps, seed):
+    check(steps, seed, in_axes=None)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("in_axes", [(None, 0, 0), None])
 @settings(max_examples=300, **SETTINGS)
 @given(**PROGRAMS)
-def test_many_random_programs(steps, seed):
-    check(steps, seed)
+def test_many_random_programs(in_axes, steps, seed):
+    check(steps, seed, in_axes)

@@ -4,7 +4,8 @@ To read it: ``program`` says what a use of a parameter is, ``build`` and ``prune
 a jaxpr, ``execute`` runs the program and pulls cotangents back, ``views`` and ``factors`` say when
 inner products need no gradient, ``primitives`` holds what is known of each family of primitives,
 ``plan`` chooses among the paths, ``per_example`` puts it together for one loss per example.
-``per_task`` is the route for m losses over one batch, ``encoder`` that through a representation,
+``per_task`` is the route for m losses over one batch, for which ``heads`` cuts the program into
+stages, ``task_plan`` chooses and ``task_pass`` computes; ``encoder`` that through a representation,
 ``separate`` that for a batch per loss; ``route`` says what they have in common, ``routes`` chooses,
 ``api`` is what users see, and ``norms`` what they see of the Gramian's diagonal.
 """

@@ -29,9 +29,11 @@ def value_and_gramian(
     backward pass gives the Gramian: each layer adds the inner products of its inputs times those of
     its output cotangents, and where that is dearer, or no such rule is known, the gradients of the
     examples with respect to this parameter alone (`explain` tells which). Without, m tasks over one
-    batch, gradients are pulled back and pushed forward again ``chunk_size`` at a time. For separate
-    data, one function and one batch per task, each loss costs one forward and one backward pass;
-    rows of parameters that it does not depend on are not formed.
+    batch, the losses are pulled back to the outputs of layers, about a third of a gradient for each
+    task, and inner products are taken there likewise; or, with ``chunk_size``, that many gradients
+    at a time are pulled back and pushed forward again, which takes less memory. For separate data,
+    one function and one batch per task, each loss costs one forward and one backward pass; rows of
+    parameters that it does not depend on are not formed.
 
     Args:
       losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)``; with ``in_axes``, the loss of one
@@ -49,7 +51,10 @@ def value_and_gramian(
       shared: A pytree prefix of booleans, or a function of a leaf's path: parameters marked False
         stay out of the Gramian, and the pullback gives them ``J^T h`` in place of ``J^T w``.
       has_aux: Whether ``losses_fn`` returns ``(losses, aux)``; see `jaxmtl.value_and_jacobian`.
-      chunk_size: How many gradients exist at a time, without ``in_axes``; one if None. For separate
+      chunk_size: How many gradients exist at a time, without ``in_axes``. If None the cotangents of
+        all tasks at one layer do in their place; one gradient after the other where this takes
+        fewer operations, these cotangents more than 1 GiB, or the model has checkpoints, lies on
+        several devices or is an ``encoder``; all m where there is no forward mode. For separate
         data all m if None; else ``chunk_size = c`` of them are kept at a time, beside the one that
         they are compared with, at the price of up to ``m (m / c + 1) / 2`` backward passes for the
         Gramian and m for the weighted sum, as `explain` tells.
@@ -323,9 +328,9 @@ def explain(
       **kwargs: Keywords of ``losses_fn``; inputs of rules that it does not take are ignored.
 
     Returns:
-      Text that names, with ``in_axes``, for every parameter the path it takes and why, with the
-      operations of its part of the Gramian and the memory of what they work on; else, how
-      rows are contracted.
+      Text that names for every parameter the path it takes and why, with the operations of its
+      part of the Gramian and the memory of what they work on; or how whole gradients are compared
+      and why.
 
     >>> import jax.numpy as jnp
     >>> from jaxmtl.engine import explain

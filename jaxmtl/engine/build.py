@@ -41,7 +41,10 @@ _INLINE = {
 }
 
 
-_REMAT = ("remat2", "checkpoint", "remat")
+REMAT = ("remat2", "checkpoint", "remat")
+
+# What data enter a network through, if not as an argument.
+_OF_DATA = frozenset(("dot_general", "conv_general_dilated", "gather", "scan", "while", "cond"))
 
 
 def _single_equation(
@@ -147,9 +150,25 @@ def _select(index: jax.Array, *cases: jax.Array) -> list[jax.Array]:
 
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, closed_over: Sequence[Value] = ()) -> None:
         self.uses: list[Use] = []
         self.chosen: dict[Value, Use] = {}  # slices of tables, by the lookup they come from
+        # Constants that are more likely data than part of a function of the parameters.
+        self.closed_over: dict[Value, bool] = dict.fromkeys(closed_over, True)
+
+    def is_closed_over(self, value: Value) -> bool:
+        """Tells whether a constant is made of what the function closes over."""
+        stack = [value]
+        while stack:
+            v = stack[-1]
+            sources = v.origin[0].ins if isinstance(v.origin, tuple) else ()
+            missing = [u for u in sources if u not in self.closed_over]
+            if v in self.closed_over or not missing:
+                self.closed_over.setdefault(v, any(self.closed_over[u] for u in sources))
+                stack.pop()
+            else:
+                stack.extend(missing)
+        return self.closed_over[value]
 
     def inline(
         self, jaxpr: Any, inputs: Sequence[Value], steps: list[Any], loops: tuple[Loop, ...]
@@ -164,6 +183,11 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             ins = [read(v) for v in eqn.invars]
+            if self.closed_over and eqn.primitive.name in _OF_DATA:
+                for var, v in zip(eqn.invars, ins, strict=True):
+                    if v.kind == CONST and v.literal is None and self.is_closed_over(v):
+                        env[var] = self.as_data(v, v.aval, steps, loops)
+                ins = [read(v) for v in eqn.invars]
             has_param = any(v.kind == PARAM for v in ins)
             has_data = any(v.kind == DATA for v in ins)
             name = eqn.primitive.name
@@ -359,27 +383,32 @@ class _Builder:
                 outs[num_carry:],
                 results,
                 tuple(self.uses[first_use:]),
-                not names.isdisjoint(_REMAT),
+                not names.isdisjoint(REMAT),
             )
         )
         return results
 
 
-def build(closed: Any, num_leaves: int) -> Program:
-    """Finds the uses of the first ``num_leaves`` inputs of a traced per-example loss.
+def build(closed: Any, num_leaves: int, is_data: Sequence[bool] | None = None) -> Program:
+    """Finds the uses of the first ``num_leaves`` inputs of a traced loss.
 
     Args:
       closed: A closed jaxpr; its first output is the loss, its inputs are the parameters, then
         what changes from example to example.
       num_leaves: How many of its inputs are parameters.
+      is_data: For losses over one batch, which of the closed-over arrays are data. The others are
+        data too where they enter a product, a lookup or a loop.
 
     Returns:
       The program. Its ``constants`` are the closed-over arrays.
     """
-    builder = _Builder()
     steps: list[Any] = []
-    invars = closed.jaxpr.invars
-    constants = [Value(var.aval, CONST) for var in closed.jaxpr.constvars]
+    invars, constvars = closed.jaxpr.invars, closed.jaxpr.constvars
+    flags = [False] * len(constvars) if is_data is None else is_data
+    constants = [
+        Value(var.aval, DATA if flag else CONST) for var, flag in zip(constvars, flags, strict=True)
+    ]
+    builder = _Builder(() if is_data is None else constants)
     leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]
     data = [Value(var.aval, DATA) for var in invars[num_leaves:]]
     ins = [*constants, *leaves, *data]

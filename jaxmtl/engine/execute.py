@@ -1,6 +1,6 @@
 """Run a ``Program``: its losses, the taps on its uses, and the gradients that follow from them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,12 +96,12 @@ def tap_shapes(program: Program) -> list[list[jax.ShapeDtypeStruct]]:
     ]
 
 
-def _needed(steps: Iterable[Any]) -> dict[Value, None]:
+def needed(steps: Iterable[Any]) -> dict[Value, None]:
     """Returns the values of these steps that are computed from the parameters alone."""
     found: dict[Value, None] = {}
     for step in steps:
         if isinstance(step, Scan):
-            found.update(_needed(step.steps))
+            found.update(needed(step.steps))
             found.update((v, None) for v in step.xs if from_params(v))
         else:
             found.update((v, None) for v in step.ins if from_params(v))
@@ -123,19 +123,29 @@ def run(
       The outputs, and per use the values of its DATA operands, stacked over the loops around it.
     """
     env = dict(env)
-    for value in _needed(program.steps):
-        resolve(env, value)
     env.update(zip(program.data, example, strict=True))
     residuals: dict[Use, tuple[jax.Array, ...]] = {}
-    _run_steps(program.steps, env, dict(zip(program.uses, taps, strict=True)), residuals)
+    run_steps(program.steps, env, dict(zip(program.uses, taps, strict=True)), residuals)
     outs = [env[v] if v in env else resolve(env, v) for v in program.outs]
     return outs, [residuals[use] for use in program.uses]
+
+
+def run_steps(
+    steps: Sequence[Any],
+    env: Env,
+    taps: Mapping[Use, Sequence[jax.Array]],
+    residuals: dict[Use, tuple[jax.Array, ...]],
+) -> None:
+    """Runs steps that are outside all loops; ``env`` and ``residuals`` are added to."""
+    for value in needed(steps):
+        resolve(env, value)
+    _run_steps(steps, env, taps, residuals)
 
 
 def _run_steps(
     steps: Iterable[Any],
     env: Env,
-    taps: dict[Use, Sequence[jax.Array]],
+    taps: Mapping[Use, Sequence[jax.Array]],
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
     for step in steps:
@@ -161,10 +171,10 @@ def _run_steps(
 def _run_scan(
     scan: Scan,
     env: Env,
-    taps: dict[Use, Sequence[jax.Array]],
+    taps: Mapping[Use, Sequence[jax.Array]],
     residuals: dict[Use, tuple[jax.Array, ...]],
 ) -> None:
-    sliced = [v for v in _needed(scan.steps) if scan.loop in v.loops]
+    sliced = [v for v in needed(scan.steps) if scan.loop in v.loops]
 
     def body(carry: Sequence[jax.Array], xs: Any) -> tuple[list[jax.Array], Any]:
         slices, pieces, inner_taps = xs

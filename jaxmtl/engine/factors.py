@@ -9,6 +9,7 @@ which for a single position is the elementwise product of two Gramians, whatever
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,3 +118,136 @@ def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Ar
         return block
     first, second = whole(a.choice)[:, None], whole(b.choice)[None, :]
     return jnp.where((first == second) & (first >= 0), block, 0)
+
+
+Scaled = Callable[[jax.Array, int, int], jax.Array]
+
+
+def products_of_tasks(
+    a: Outer, b: Outer, pairing: str, scaled: Scaled, dtype: jnp.dtype
+) -> jax.Array:
+    """Returns ``<grad_i, grad'_j>`` of losses over one batch, which share X: ``(tasks, tasks')``.
+
+    With the inner products K of the inputs it is ``sum(Y_i * (K Y'_j))``, some columns at a time.
+
+    Args:
+      a: The gradients of one use, X with a leading axis of length one, Y with one of tasks.
+      b: The gradients of another use of the same parameter, or ``a`` itself: then what is above
+        blocks on the diagonal is undefined.
+      pairing: As in `inner_products`.
+      scaled: ``(rows, first, last) ->`` the rows of these tasks, as columns are made of them.
+      dtype: In what to accumulate.
+    """
+    if pairing == "crossed":
+        table = _paired(contract(a.y, b.x, dtype), a.y, b.x)[..., 0, :]  # (shared, tasks, t, s)
+
+        def crossed(y: jax.Array, first: int, last: int) -> jax.Array:
+            other = dataclasses.replace(b.y, array=scaled(y, first, last))
+            return _paired(contract(a.x, other, dtype), a.x, other)[:, 0]  # (shared, t, tasks', s)
+
+        return by_blocks(jnp.moveaxis(table, 1, 0), b.y.array, crossed, 2, a is b, dtype)
+    times = _times(a.x, b.x, dtype)
+
+    def straight(y: jax.Array, first: int, last: int) -> jax.Array:
+        return times(scaled(y, first, last))  # (shared, positions, tasks', own)
+
+    return by_blocks(_flat(a.y), _flat(b.y), straight, 2, a is b, dtype)
+
+
+def by_blocks(
+    rows: jax.Array,
+    others: jax.Array,
+    columns: Callable[[jax.Array, int, int], jax.Array],
+    axis: int,
+    is_symmetric: bool,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """Returns a table of inner products, some columns at a time.
+
+    Args:
+      rows: ``(m, *s)``.
+      others: ``(k, ...)``, what the columns are made of.
+      columns: ``(some of others, first, last) ->`` an array of s with an axis of tasks.
+      axis: The place of this axis.
+      is_symmetric: Whether to leave out what lies above blocks on the diagonal.
+      dtype: In what to accumulate.
+    """
+
+    def pieces(x: jax.Array) -> list[tuple[jax.Array, int, int]]:
+        size = -(-len(x) // num_blocks(len(x)))
+        bounds = [(i, min(i + size, len(x))) for i in range(0, len(x), size)]
+        return [(x[first:last], first, last) for first, last in bounds]
+
+    of_rows, found = pieces(rows), list[list[jax.Array]]()
+    for piece, first, last in pieces(others):
+        known = found[-1][-1] if found else None
+        some = columns(after(known, piece), first, last)
+        numbers = range(1, rows.ndim), [i for i in range(some.ndim) if i != axis]
+        blocks = [
+            product(x, some, numbers, ((), ()), dtype)
+            if end > first or not is_symmetric
+            else jnp.zeros((len(x), last - first), dtype)
+            for x, _, end in of_rows
+        ]
+        found.append(blocks)
+    return jnp.concatenate([jnp.concatenate(blocks) for blocks in found], axis=1)
+
+
+def after(known: jax.Array | None, arrays: Any) -> Any:
+    """Returns the arrays as they are, but not before another one is known.
+
+    Compilers drop an optimization barrier before they order what is computed, so that all
+    cotangents would wait in memory for products that need one after the other.
+    """
+    if known is None:
+        return arrays
+    first = known.reshape(-1)[0]
+    never = jnp.isnan(first) & (first == first)
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), arrays)
+
+
+def num_blocks(m: int) -> int:
+    """Returns into how many blocks of columns a table is cut.
+
+    The more there are, the less of a symmetric table is computed twice and the less memory is taken
+    meanwhile; the fewer, the larger the products.
+    """
+    return max(1, min(4, m))
+
+
+def _flat(factor: Factor) -> jax.Array:
+    """Returns ``(examples, shared, positions, own)``."""
+    array = factor.array
+    split = array.ndim - factor.num_own
+    sides = array.shape[1 : 1 + factor.num_shared], array.shape[1 + factor.num_shared : split]
+    shape = [math.prod(s) for s in (*sides, array.shape[split:])]
+    return array.reshape(array.shape[0], *shape)
+
+
+def _paired(table: jax.Array, p: Factor, q: Factor) -> jax.Array:
+    """Returns what `contract` returns as ``(shared, examples, positions, examples', ...)``."""
+    sizes = [_flat(f).shape for f in (p, q)]
+    return table.reshape(sizes[0][1], sizes[0][0], sizes[0][2], sizes[1][0], sizes[1][2])
+
+
+def _times(x: Factor, other: Factor, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+    """Returns the map that multiplies by the inner products of two factors.
+
+    It takes ``(tasks, shared, positions', own)`` to ``(shared, positions, tasks, own)``.
+    """
+    if x.is_lookup and other.is_lookup:
+        to, source = (whole(f.array).reshape(-1) for f in (x, other))
+        # What is looked up in the same row is summed: K has a one for each such pair.
+        found = jnp.unique(source, size=source.shape[0], fill_value=jnp.iinfo(source.dtype).max)
+        of_source, of_to = jnp.searchsorted(found, source), jnp.searchsorted(found, to)
+        of_to = jnp.minimum(of_to, source.shape[0] - 1)
+        is_met = (to >= 0) & (found[of_to] == to)
+
+        def sums(y: jax.Array) -> jax.Array:
+            y = jnp.moveaxis(y[:, 0], 1, 0).astype(dtype)  # (positions', tasks, own)
+            total = jnp.zeros_like(y).at[of_source].add(y)
+            return jnp.where(is_met[:, None, None], total[of_to], 0)[None]
+
+        return sums
+    table = _paired(contract(x, other, dtype), x, other)[:, 0, :, 0]  # (shared, positions, ...)
+    return lambda y: product(table, y, ((2,), (2,)), ((0,), (1,)), dtype)

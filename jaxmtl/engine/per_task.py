@@ -1,4 +1,8 @@
-"""The task route: m losses over one batch, at most ``chunk_size`` gradients at a time."""
+"""The task route: m losses over one batch.
+
+They are pulled back to the outputs of layers (`Layers`), or at most ``chunk_size`` gradients at a
+time are pulled back and pushed forward again (`Linear`).
+"""
 
 import dataclasses
 import functools
@@ -11,9 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import arguments, linalg
-from jaxmtl.engine import linearity
-from jaxmtl.engine.program import as_function
+from jaxmtl.engine import execute, linearity
+from jaxmtl.engine.build import REMAT, build
+from jaxmtl.engine.heads import Stage, pull, split
+from jaxmtl.engine.plan import describe
+from jaxmtl.engine.program import Program, as_function
+from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
+from jaxmtl.engine.task_pass import Layers
+from jaxmtl.engine.task_plan import make_task_plan
 from jaxmtl.types import PyTree
 
 
@@ -94,6 +104,15 @@ def weighted_rows(
     return [x.astype(y.dtype) for x, y in zip(total, like, strict=True)]
 
 
+def trace(
+    fun: Callable[..., tuple[jax.Array, Any]], inputs: Sequence[jax.Array]
+) -> tuple[Any, tuple[Any, Any]]:
+    """Returns the jaxpr of ``inputs -> (losses, aux)``, and the shapes of the two."""
+    closed, (losses, aux) = jax.make_jaxpr(fun, return_shape=True)(list(inputs))
+    arguments.check_task_losses(losses.shape)
+    return closed, (losses, aux)
+
+
 def linearize(
     fun: Callable[..., tuple[jax.Array, Any]],
     inputs: Sequence[jax.Array],
@@ -112,8 +131,7 @@ def linearize(
       The `Linear`, and aux.
     """
     inputs = list(inputs)
-    closed, (losses, aux) = jax.make_jaxpr(fun, return_shape=True)(inputs)
-    arguments.check_task_losses(losses.shape)
+    closed, (losses, aux) = trace(fun, inputs)
     flat = as_function(closed)
 
     def split(inputs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -203,9 +221,14 @@ class Tasks:
     pullback: jax.tree_util.Partial
 
     def __init__(self, linear: Linear, aux: Any) -> None:
-        self.linear = linear
+        self._linear = lambda: linear
         self.losses = linear.losses
         self.aux = aux
+
+    @property
+    def linear(self) -> Linear:
+        """The losses, linearised."""
+        return self._linear()
 
     def gramian(self) -> jax.Array:
         """Returns the ``(m, m)`` Gramian, symmetric to the last bit."""
@@ -342,10 +365,20 @@ class PerTask(Tasks):
         params: PyTree,
         call: Callable[[PyTree], tuple[jax.Array, Any]],
         needs_gramian: bool = True,
+        data: Sequence[Any] = (),
     ) -> None:
-        """Evaluates ``call``, the losses function with its data, and linearises it."""
+        """Evaluates ``call``, the losses function with its data, and linearises it.
+
+        Args:
+          options: What the user asked for.
+          params: The parameters.
+          call: ``params -> (losses, aux)``.
+          needs_gramian: Whether the Gramian will be asked for.
+          data: Arrays that ``call`` closes over and that are no part of the model.
+        """
         leaves, treedef = arguments.parameters(params)
         shared = arguments.shared_leaves(options.shared, params)
+        self._params = params
 
         def of_leaves(wanted: Sequence[bool]) -> tuple[Linear, Any]:
             def losses(inputs: list[jax.Array]) -> tuple[jax.Array, Any]:
@@ -356,13 +389,100 @@ class PerTask(Tasks):
             inputs = [x for x, w in zip(leaves, wanted, strict=True) if w]
             return linearize(losses, inputs, options.chunk_size, needs_gramian)
 
-        linear, aux = of_leaves(shared)
-        super().__init__(linear, aux)
-        residual = {"shared": linear}
-        if not all(shared):
-            residual["heads"], _ = of_leaves([not flag for flag in shared])
-        pull = Pull(treedef, shared, functools.partial(_pull, shared), needs_gramian)
-        self.pullback = jax.tree_util.Partial(pull, residual)
+        self.layers: Layers | None = None
+        self._why_not = ""
+        if needs_gramian:
+            traced = trace(lambda leaves: call(jax.tree.unflatten(treedef, leaves)), leaves)
+            self.layers, self._why_not = _layers(traced, leaves, shared, options.chunk_size, data)
+        if self.layers is not None:
+            aux = jax.tree.unflatten(jax.tree.structure(traced[1][1]), self.layers.aux)
+            self.losses, self.aux = self.layers.losses, aux
+            self._linear = functools.cache(lambda: of_leaves(shared)[0])
+            layers = self.layers
+            residual: Any = layers.leaves, layers.constants, layers.forward.pulls
+            one = functools.partial(
+                _pull_layers, layers.plan.program, layers.forward.stages, self.losses.dtype
+            )
+            as_gradients = Pull(treedef, shared, one)
+        else:
+            linear, aux = of_leaves(shared)
+            super().__init__(linear, aux)
+            residual = {"shared": linear}
+            if not all(shared):
+                residual["heads"], _ = of_leaves([not flag for flag in shared])
+            one = functools.partial(_pull, shared)
+            as_gradients = Pull(treedef, shared, one, needs_gramian)
+        self.pullback = jax.tree_util.Partial(as_gradients, residual)
+
+    def _table(self, other: Tasks, scaled: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if self.layers is not None and other is self:
+            return self.layers.table(linalg.accumulation_dtype(self.layers.leaves), scaled)
+        return super()._table(other, scaled)
+
+    def explain(self) -> str:
+        """Tells for every parameter which path it takes, or how whole gradients are contracted."""
+        if self.layers is None:
+            return super().explain() + (f"; {self._why_not}" if self._why_not else "")
+        found = jax.tree_util.tree_leaves_with_path(self._params)
+        names = [jax.tree_util.keystr(path) or "params" for path, _ in found]
+        leaves = [leaf for _, leaf in found]
+        own = [False] * len(leaves)
+        return describe(self.layers.plan, names, leaves, own, "rows of the tasks")
+
+
+def _layers(
+    traced: Any,
+    leaves: list[jax.Array],
+    shared: tuple[bool, ...],
+    chunk_size: int | None,
+    data: Sequence[Any],
+) -> tuple[Layers | None, str]:
+    """Returns the losses pulled back to the outputs of layers, or why that is not done."""
+    closed, (losses, _) = traced
+    m = losses.shape[0]
+    if chunk_size is not None and chunk_size < m:
+        return None, "without chunk_size the gradients of dense layers need not be formed"
+    if _narrow(closed, leaves) or first_custom(closed.jaxpr):
+        return None, ""
+    if _has_remat(closed.jaxpr):
+        return None, "so that what is computed again in the backward pass is not stored"
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return None, "so that gradients and no activations are sent between devices"
+    known = {id(x) for x in data}
+    program = prune(build(closed, len(leaves), [id(x) in known for x in closed.consts]))
+    if any(use.probed for use in program.uses):
+        return None, ""
+    parts = split(program)
+    plan, reason = make_task_plan(program, shared, m, parts.of_use)
+    if reason and chunk_size is None:
+        return None, reason
+    return Layers(plan, parts, leaves, list(map(jnp.asarray, closed.consts))), ""
+
+
+def _has_remat(jaxpr: Any) -> bool:
+    """Tells whether parts of a function are computed again, but for the body of a scan."""
+    return any(
+        eqn.primitive.name in REMAT
+        or any(
+            _has_remat(getattr(inner, "jaxpr", inner))
+            for inner in jex.jaxprs_in_params(eqn.params)
+            if eqn.primitive.name != "scan"
+        )
+        for eqn in jaxpr.eqns
+    )
+
+
+def _pull_layers(
+    program: Program,
+    stages: list[Stage],
+    dtype: jnp.dtype,
+    residual: Any,
+    weights: jax.Array,
+    wanted: Sequence[bool],
+) -> list[jax.Array]:
+    leaves, constants, pulls = residual
+    cotangents = pull(stages, pulls, weights.astype(dtype))
+    return execute.pull_to_leaves(program, leaves, constants, cotangents)
 
 
 def _pull(

@@ -14,6 +14,7 @@ determine every gradient, and they come from one backward pass.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -150,6 +151,25 @@ def is_float(aval: Any) -> bool:
 def from_params(value: Value) -> bool:
     """Tells whether the value depends on the parameters alone: it is computed outside all loops."""
     return value.kind in (PARAM, FROZEN)
+
+
+def operations(eqn: Any) -> int:
+    """Returns the multiplications and additions of the products of an equation."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contract, _), _ = params["dimension_numbers"]
+        size = math.prod(eqn.invars[0].aval.shape[a] for a in contract)
+        return 2 * size * math.prod(eqn.outvars[0].aval.shape)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        per_output = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        total = 2 * math.prod(eqn.outvars[0].aval.shape) * per_output
+        return total // math.prod(params["lhs_dilation"])
+    bodies = [getattr(body, "jaxpr", body) for body in jex.jaxprs_in_params(params)]
+    found = [sum(map(operations, body.eqns)) for body in bodies]
+    if name == "cond":
+        return max(found)
+    return sum(found) * params.get("length", 1) if name == "scan" else sum(found)
 
 
 def as_function(closed: Any) -> Callable[..., Sequence[jax.Array]]:

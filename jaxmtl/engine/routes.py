@@ -40,7 +40,8 @@ def evaluate(
         return options.call(params, *args, **kwargs)
 
     if options.in_axes is None:
-        return PerTask(options, params, call, needs_gramian)
+        data = jax.tree.leaves((args, kwargs))
+        return PerTask(options, params, call, needs_gramian, data)
     if not needs_gramian:
         found = PerTask(options, params, over_examples(options, params, args, kwargs), False)
         if found.linear.is_linear:
