@@ -38,7 +38,7 @@ SMOKE: dict[str, Any] = {
     "horizon": 15,
     "monitor_every": 1,
 }
-SMOKE_METHODS = ("linear_scalarization", "cagrad_moco", SINGLE)
+SMOKE_METHODS = ("linear_scalarization", "cagrad_moco")
 
 
 def options_of(args: argparse.Namespace) -> Options:
