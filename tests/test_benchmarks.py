@@ -1,6 +1,8 @@
 """The benchmarks run, and their counts are what is known of the routes."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -53,6 +55,15 @@ def test_the_command_for_an_accelerator(tmp_path, capsys):
         (m, dtype) for m in (2, 8) for dtype in ("float32", "float64")
     ]
     assert all(r["residual_in_eps"] < 100 for r in found)
+
+
+@pytest.mark.slow
+def test_the_table_of_the_guide():
+    """Operations are exact; memory depends on the compiler's flags."""
+    page = Path(__file__).parents[1] / "notebooks" / "guide" / "routes.md"
+    memory = re.compile(r" \([\d.]+ MB\)")
+    table = prices.table(prices.measure(list(prices.KINDS), [4]))
+    assert memory.sub("", table) in memory.sub("", page.read_text())
 
 
 @pytest.mark.slow

@@ -3,10 +3,10 @@
     python -m experiments.benchmarks.prices                             # all kinds, 4 tasks
     python -m experiments.benchmarks.prices --kinds mlp --tasks 2 4 8
 
-Each cell is two numbers: operations of a whole step, the update of the parameters included, and
-temporary memory, both divided by those of a gradient step on the mean loss. Operations are those of
-products and convolutions, read off the program, times the trips of loops; the body of the solver's
-counts once. Memory is the compiler's. Neither depends on how busy the machine is. The routes:
+Each cell is two numbers: operations of a whole step, the update of the parameters included, divided
+by those of a gradient step on the mean loss, and temporary memory. Operations are those of products
+and convolutions, read off the program, times the trips of loops; the body of the solver's counts
+once. Memory is the compiler's. Neither depends on how busy the machine is. The routes:
 
 * *plain*: weights that need nothing, so the gradient of a weighted sum.
 * *losses*: a rule that reads the losses alone.
@@ -203,11 +203,11 @@ def measure(kinds: Sequence[str], tasks: Sequence[int]) -> list[dict[str, Any]]:
     for name in kinds:
         kind = KINDS[name]()
         for m in tasks:
-            base: dict[str, float] = {}
+            base = 1
             for route, (step, args, gradients) in steps(kind, m).items():
                 operations, memory = count(step, *args), compiled(step, *args).bytes
                 if route == "gradient":
-                    base = {"operations": operations, "bytes": memory or 0}
+                    base = operations
                 records.append(
                     {
                         "kind": name,
@@ -216,15 +216,14 @@ def measure(kinds: Sequence[str], tasks: Sequence[int]) -> list[dict[str, Any]]:
                         "route": route,
                         "operations": operations,
                         "bytes": memory,
-                        "gradients": round(operations / base["operations"] / gradients, 3),
-                        "memory": memory and base["bytes"] and round(memory / base["bytes"], 2),
+                        "gradients": round(operations / base / gradients, 3),
                     }
                 )
     return records
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Returns the table in Markdown: gradients, and memory in brackets."""
+    """Returns the table in Markdown: gradients, and temporary memory."""
     columns = list(dict.fromkeys((r["kind"], r["tasks"]) for r in records))
     found = {(r["kind"], r["tasks"], r["route"]): r for r in records}
     lines = [
@@ -235,7 +234,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         cells = []
         for kind, m in columns:
             record = found[kind, m, route]
-            memory = "?" if record["memory"] is None else f"{record['memory']:.1f}"
+            memory = "?" if record["bytes"] is None else f"{record['bytes'] / 1e6:.1f} MB"
             cells.append(f"{record['gradients']:.2f} ({memory})")
         lines.append(f"| {route} | {' | '.join(cells)} |")
     return "\n".join(lines)
