@@ -20,9 +20,10 @@ an accelerator the full search maps the seeds.
 
 **Differs from** the paper, unless by ``--paper`` and ``--full-search``: fewer seeds but for MNIST,
 fewer aggregators with Adam and other batch sizes, and a search that walks over the same 22 coarse
-rates to a minimum of the area instead of trying all 72 rates. SVHN, EuroSAT and Kuzushiji-MNIST are
-not trained yet: ``--parts`` names them. ``--data-dir`` may hold the publishers' own files of the
-latter two (``experiments.images``) in place of TFDS's. The folder that made the results holds the
+rates to a minimum of the area instead of trying all 72 rates. SVHN and EuroSAT are not trained yet,
+Kuzushiji-MNIST with one seed but for GradDrop: ``--parts`` names them. ``--data-dir`` may hold the
+publishers' own files of EuroSAT and Kuzushiji-MNIST (``experiments.images``) in place of TFDS's.
+The folder that made the results holds the
 first 10,000 training images of CIFAR-10 only; subsets are drawn from these. c of CAGrad is not
 stated: 0.5. Loss curves are means over the batches of an epoch, without smoothing; the area is
 their mean. The ridge of ``*_ridge`` is a share of the Gramian's trace, as in TorchJD since 0.6, not
