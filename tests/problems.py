@@ -48,7 +48,8 @@ def flat(update):
 def flat_rows(tree, lead=1):
     """The leaves as one matrix (m, n), or as (*lead axes, n); works on traced leaves too."""
     leaves = jax.tree.leaves(tree)
-    return jnp.concatenate([jnp.reshape(x, (*jnp.shape(x)[:lead], -1)) for x in leaves], lead)
+    xp = jnp if any(isinstance(x, jax.core.Tracer) for x in leaves) else np  # float64 stays
+    return xp.concatenate([xp.reshape(x, (*np.shape(x)[:lead], -1)) for x in leaves], lead)
 
 
 def tasks_of(name):

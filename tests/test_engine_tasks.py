@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from jax import lax
 from experiments.operations import count
 from jaxmtl import upgrad
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
+from tests.problems import flat_rows
 
 
 def normal(seed, *shape):
@@ -445,3 +447,20 @@ def test_when_gradients_are_pushed(x64):
     wide = explain(lambda p, x: jnp.mean(jnp.tanh(x @ p), 0), jnp.ones((256, 256)), x)
     assert "1 at a time, pushed" in wide
     assert "much memory" in wide
+
+
+@pytest.mark.parametrize("shared", ["trunk", "heads", None])
+def test_a_product_of_a_shared_and_another_parameter(shared, x64):
+    """One value of two leaves, of which one counts: its rows are those of that leaf."""
+    params = {"trunk": normal(1, 3, 3), "heads": normal(2, 4, 3)}
+
+    def losses_fn(params):
+        return jnp.sum(jnp.tanh(params["trunk"] @ params["heads"].T), axis=0) ** 2
+
+    counted = None if shared is None else {name: name == shared for name in params}
+    _, gramian, pullback = value_and_gramian(losses_fn, shared=counted)(params)
+    jacobian, weights = jax.jacrev(losses_fn)(params), normal(3, 4)
+    rows = flat_rows(jacobian if shared is None else jacobian[shared])
+    np.testing.assert_allclose(gramian, rows @ rows.T, rtol=1e-12, atol=1e-12)
+    grads = jax.tree.map(lambda rows: jnp.tensordot(weights, rows, 1), jacobian)
+    chex.assert_trees_all_close(pullback(weights, weights), grads, rtol=1e-12)

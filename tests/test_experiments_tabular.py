@@ -84,7 +84,7 @@ def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
 
 
 def test_report_is_made_of_the_results_alone(smoke, capsys):
-    figures = [smoke / "tabular" / name for name in tabular.study.figures]
+    figures = [smoke / "tabular" / name for name in ("census.png", "yeast.png")]
     for figure in figures:
         figure.unlink(missing_ok=True)
     tabular.study.main(["--report-only", "--out", str(smoke)])

@@ -156,7 +156,9 @@ def _choose(
     if of_rows <= budget:
         options["rows"] = m * pull + moved + _of_half(m) * size
     parts = [] if is_mixed else [parts_of(use, views, alone) for use in group.uses]
-    paired = _pairings([p for some in parts for p in some or ()], views) if all(parts) else None
+    paired = None
+    if parts and all(parts):
+        paired = _pairings([p for some in parts for p in some or ()], views)
     if paired and not any(p.factors.compute for some in parts for p in some or ()):
         cost, memory = _of_factors(*paired, m)
         if memory <= budget:
