@@ -52,6 +52,18 @@ def flat_rows(tree, lead=1):
     return xp.concatenate([xp.reshape(x, (*np.shape(x)[:lead], -1)) for x in leaves], lead)
 
 
+def normal(seed, *shape):
+    """Gaussian numbers by a seed; those of a layer keep the size of what enters it."""
+    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1
+    values = np.random.default_rng(seed).normal(size=shape) / scale
+    return jnp.asarray(values, jnp.result_type(float))
+
+
+def indices(seed, high, *shape):
+    """Whole numbers below ``high``, by a seed."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape))
+
+
 def tasks_of(name):
     """The number of tasks on which a method is tested: three, where it takes so few."""
     return max(3, BY_NAME[name].min_tasks)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("sklearn")
-pytest.importorskip("rich")
+pytest.importorskip("sklearn", reason="the extra `experiments` is not installed")
+pytest.importorskip("rich", reason="the extra `experiments` is not installed")
 
 from experiments.benchmarks import accelerator, prices, solvers
 

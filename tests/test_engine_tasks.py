@@ -12,18 +12,7 @@ from jax import lax
 from experiments.operations import count
 from jaxmtl import upgrad
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
-from tests.problems import flat_rows
-
-
-def normal(seed, *shape):
-    scale = np.sqrt(shape[-2]) if len(shape) > 1 else 1
-    values = np.random.default_rng(seed).normal(size=shape) / scale
-    return jnp.asarray(values, jnp.result_type(float))
-
-
-def indices(seed, high, *shape):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape))
-
+from tests.problems import flat_rows, indices, normal
 
 M = 4
 

@@ -715,7 +715,7 @@ def test_qm9_from_tfds(tmp_path, monkeypatch):
         def __getitems__(self, keys):
             return [records[key] for key in keys]
 
-    tfds = pytest.importorskip("tensorflow_datasets")
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `data` is not installed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def data_source(name, **keywords):

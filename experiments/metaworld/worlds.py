@@ -227,5 +227,5 @@ def _serve(make: Callable[[], World], pipe: Any) -> None:
         return
     except ValueError as error:
         pipe.send((False, str(error)))
-    except Exception:
+    except Exception:  # any error of the simulator is told to the learner, which raises it
         pipe.send((False, traceback.format_exc()))

@@ -62,7 +62,7 @@ def pmgda(
     * Prediction, if ``h < tolerance``: ``argmin |g_w + nu g_h|`` over w in the simplex and any nu,
       so that h stays as it is to first order.
     * Correction, otherwise: the point d in the hull of the unit vectors along ``g_1 .. g_m`` and
-      ``g_h`` that maximises ``min_i g_i . d`` subject to ``g_h . d >= sigma |g_h|``.
+      ``g_h`` that maximizes ``min_i g_i . d`` subject to ``g_h . d >= sigma |g_h|``.
 
     Use it for one trade-off in which the losses are proportional to p. It costs a least-norm
     problem and a linear program.
