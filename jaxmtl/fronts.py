@@ -76,8 +76,8 @@ def non_dominated(points: jax.Array, *, mask: jax.Array | None = None) -> jax.Ar
     present = _present(points, mask) & ~jnp.any(jnp.isnan(points), axis=1)
 
     def stays(point: jax.Array) -> jax.Array:
-        no_larger = jnp.all(points <= point, axis=1)
-        smaller = jnp.any(points < point, axis=1)
+        no_larger = jnp.all(points <= point[None, :], axis=1)
+        smaller = jnp.any(points < point[None, :], axis=1)
         return ~jnp.any(present & no_larger & smaller)
 
     return present & lax.map(stays, points, batch_size=_BATCH)
@@ -130,7 +130,7 @@ def hypervolume(
         )
     dtype = jnp.result_type(points, corner, jnp.float32)
     points, corner = points.astype(dtype), corner.astype(dtype)
-    inside = _present(points, mask) & jnp.all(points < corner, axis=1)
+    inside = _present(points, mask) & jnp.all(points < corner[None, :], axis=1)
     # Comparisons with NaN are False, so that such a point becomes the corner: a box without volume.
     points = jnp.where(inside[:, None], points, corner)
     if m == 1:
@@ -196,7 +196,8 @@ def igd(
     present = _present(points, mask)
 
     def distance(z: jax.Array) -> jax.Array:
-        gaps = jnp.maximum(points - z, 0) if plus else points - z
+        gaps = points - z[None, :]
+        gaps = jnp.maximum(gaps, 0) if plus else gaps
         squares = jnp.sum(gaps**2, axis=1)
         return jnp.sqrt(jnp.min(jnp.where(present, squares, jnp.inf)))
 

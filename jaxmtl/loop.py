@@ -136,7 +136,8 @@ def check(
 
     def step(jacobian: PyTree, params: PyTree, given: dict[str, Any]) -> tuple[PyTree, ...]:
         state = chain.init(params)
-        update, new = chain.update(jacobian, state, params, **given)
+        with jax.numpy_rank_promotion("allow"):  # it would hide the chain's fault behind its own
+            update, new = chain.update(jacobian, state, params, **given)
         return update, state, new
 
     jacobian = jax.tree.map(rows, params)

@@ -212,7 +212,7 @@ def aligned_coefficients(gramian: jax.Array, task_mask: jax.Array | None = None)
     values, vectors, _ = solvers.singular_system(gramian, task_mask)
     least = jnp.min(jnp.where(values > 0, values, jnp.inf))
     stretch = jnp.where(values > 0, least / jnp.where(values > 0, values, 1), 0)
-    product = jnp.matmul(vectors * stretch, vectors.T, precision=jax.lax.Precision.HIGHEST)
+    product = jnp.matmul(vectors * stretch[None, :], vectors.T, precision=jax.lax.Precision.HIGHEST)
     return (product + product.T) / 2
 
 

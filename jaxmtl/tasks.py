@@ -122,5 +122,6 @@ def draw_key(seed: int, step: jax.Array, key: jax.Array | None) -> jax.Array:
 
 def draw_orders(key: jax.Array, m: int) -> jax.Array:
     """Draws, for each task i, a uniform order of the m - 1 others; int (m, m - 1)."""
-    others = jnp.arange(m - 1) + (jnp.arange(m - 1) >= jnp.arange(m)[:, None])
+    places = jnp.arange(m - 1)[None, :]
+    others = places + (places >= jnp.arange(m)[:, None])
     return jax.random.permutation(key, others, axis=1, independent=True)

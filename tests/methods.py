@@ -115,7 +115,7 @@ METHODS = (
 INPUTS = {
     "losses": lambda m: jnp.linspace(0.5, 1.5, m),
     "previous_batch_losses": lambda m: jnp.linspace(0.4, 1.2, m),
-    "cross_gramian": lambda m: jnp.eye(m) + 0.1 * jnp.arange(m),
+    "cross_gramian": lambda m: jnp.eye(m) + 0.1 * jnp.arange(m)[None, :],
 }
 
 BY_NAME = {method.name: method for method in METHODS}

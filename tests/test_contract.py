@@ -1,7 +1,10 @@
 """The contract of a rule's author: a function gets the inputs it names."""
 
+import contextlib
 import copy
+import doctest
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 import jaxmtl
+from tests.methods import INPUTS, METHODS
 
 M = 3
 ROWS = jnp.array([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [-1.0, 1.0, 0.0]])
@@ -191,3 +195,36 @@ def test_every_method_is_in_the_list():
         if getattr(getattr(jaxmtl, name), "__annotations__", {}).get("return") is jaxmtl.Aggregator
     }
     assert found - others == set(jaxmtl.methods())
+
+
+@contextlib.contextmanager
+def strict():
+    """The two flags under which JAX refuses what it otherwise lets pass."""
+    with jax.numpy_rank_promotion("raise"), jax.enable_checks(True):
+        yield
+
+
+@pytest.mark.parametrize("name", [method.name for method in METHODS])
+def test_no_method_relies_on_rank_promotion(name):
+    """Users' flags hold in the library too: nothing of it broadcasts ranks silently."""
+    method = next(method for method in METHODS if method.name == name)
+    m = max(4, method.min_tasks)
+    rows, params = jnp.ones((m, 6)), jnp.zeros(6)
+    aggregator = method.make(m)
+    inputs = {read: INPUTS[read](m) for read in method.inputs}
+
+    def update(rows, mask):
+        state = aggregator.init(params)
+        return aggregator.update(rows, state, params, task_mask=mask, **inputs)
+
+    with strict():
+        found, _ = jax.eval_shape(update, rows, jnp.ones(m, bool))
+    assert found.shape == (6,)
+
+
+@pytest.mark.parametrize("module", ["fronts", "loop", "metrics", "solvers.pseudo_inverse"])
+def test_no_tool_relies_on_rank_promotion(module):
+    with strict():
+        failed, attempted = doctest.testmod(importlib.import_module(f"jaxmtl.{module}"))
+    assert attempted
+    assert not failed

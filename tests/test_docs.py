@@ -78,7 +78,7 @@ def test_frameworks_of_the_readme():
     scope = {"jax": jax, "jaxmtl": jaxmtl, "nnx": nnx, "eqx": eqx, "batch": batch}
 
     def losses_of(outputs):
-        return jnp.mean((outputs - jnp.arange(1.0, 3.0)) ** 2, axis=0)
+        return jnp.mean((outputs - jnp.arange(1.0, 3.0)[None]) ** 2, axis=0)
 
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     before = jnp.asarray(model.kernel[...])

@@ -288,7 +288,7 @@ def test_the_listing_of_the_guide():
     code = page.split("```python\n")[1].split("```")[0]
 
     def losses_fn(params, batch):
-        return jnp.mean((params - batch.astype(params.dtype)) ** 2, axis=1)
+        return jnp.mean((params[None] - batch.astype(params.dtype)) ** 2, axis=1)
 
     adam, aggregator = optax.adam(0.1), jaxmtl.upgrad(num_tasks=2)
     scope = {"jax": jax, "jnp": jnp, "jaxmtl": jaxmtl, "adam": adam, "aggregator": aggregator}

@@ -96,7 +96,7 @@ def _vlmop(name: str, bend: Callable[[jax.Array], jax.Array], worst: float) -> P
 
     def evaluate(x: jax.Array) -> jax.Array:
         ends = jnp.array([[1.0], [-1.0]]) / np.sqrt(n)
-        return bend(jnp.sum((x - ends) ** 2, axis=1))
+        return bend(jnp.sum((x[None, :] - ends) ** 2, axis=1))
 
     def front(points: int) -> np.ndarray:
         along = np.linspace(-1, 1, 50 * points)

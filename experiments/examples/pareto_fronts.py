@@ -163,7 +163,7 @@ def dominated(points: jax.Array, samples: jax.Array) -> jax.Array:
     """Returns which samples (s, m) are dominated by one of the points (k, m)."""
 
     def one(sample: jax.Array) -> jax.Array:
-        return jnp.any(jnp.all(points <= sample, axis=1))
+        return jnp.any(jnp.all(points <= sample[None, :], axis=1))
 
     found: jax.Array = jax.lax.map(one, samples, batch_size=1024)
     return found

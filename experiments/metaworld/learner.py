@@ -122,7 +122,7 @@ def make_learner(options: Options, method: str, observation_size: int, action_si
         return batch.rewards + options.discount * (worse - alpha * log_density)
 
     def critic_loss(params: Params, batch: Batch, task: Any, targets: Any) -> Any:
-        errors = values(params, batch.observations, batch.actions, task) - targets
+        errors = values(params, batch.observations, batch.actions, task) - targets[None]
         return jnp.mean(errors**2, axis=1).sum(), None
 
     def actor_loss(

@@ -39,13 +39,13 @@ def dense(features: int, fan_in: int, *, name: str, bias: bool = True) -> nn.Den
 
 def atoms_present(graphs: Graphs) -> jax.Array:
     """Returns (b, a) bool."""
-    return jnp.arange(graphs.nodes.shape[1]) < graphs.sizes[:, None]
+    return jnp.arange(graphs.nodes.shape[1])[None, :] < graphs.sizes[:, None]
 
 
 def edges_present(graphs: Graphs) -> jax.Array:
     """Returns (b, a, a) bool: every atom is joined with every other one."""
     present = atoms_present(graphs)
-    return present[:, :, None] & present[:, None, :] & ~jnp.eye(present.shape[1], dtype=bool)
+    return present[:, :, None] & present[:, None, :] & ~jnp.eye(present.shape[1], dtype=bool)[None]
 
 
 def edge_features(graphs: Graphs) -> jax.Array:

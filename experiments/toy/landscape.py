@@ -81,7 +81,7 @@ def minimize_weighted(
 
     def best_of(pair: tuple[jax.Array, jax.Array], width: jax.Array) -> jax.Array:
         center, alpha = pair
-        points = jnp.clip(center + width * grid, -half_width, half_width)
+        points = jnp.clip(center[None, :] + width * grid, -half_width, half_width)
         both = jax.vmap(lambda x: losses(x, form))(points)
         return points[jnp.argmin(both @ jnp.stack([alpha, 1 - alpha]))]
 

@@ -67,6 +67,6 @@ def aligned_mtl(
             size = jnp.sqrt(jnp.sum(values**2) / (last + 1))
         stretch = jnp.where(kept, size / jnp.where(kept, values, 1), 0)
         along = jnp.sum(vectors * shares[:, None], axis=0)
-        return jnp.sum(vectors * (stretch * along), axis=1)
+        return jnp.sum(vectors * (stretch * along)[None, :], axis=1)
 
     return base.from_weighting(weigh, num_tasks=num_tasks, preference=preference)

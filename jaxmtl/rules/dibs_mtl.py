@@ -61,7 +61,7 @@ def dibs_mtl(
         m, dtype = gramian.shape[0], gramian.dtype
 
         def pull(_: int, amounts: jax.Array) -> jax.Array:  # delta = -sum_i amounts_i u_i
-            wishes = jnp.eye(m, dtype=dtype) - amounts
+            wishes = jnp.eye(m, dtype=dtype) - amounts[None, :]
             squares = jnp.sum((wishes @ unit) * wishes, 1)
             distances = jnp.sqrt(jnp.maximum(squares, 0))
             amounts = amounts + jnp.where(usable, step_size * distances, 0)

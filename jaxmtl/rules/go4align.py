@@ -38,7 +38,7 @@ def group_means(values: jax.Array, num_groups: int, task_mask: jax.Array) -> jax
     spread = jnp.cumsum(jnp.cumsum(pairs[::-1], 0)[::-1], 1)
     sums = jnp.cumsum(mass)
     number = sums[None, :] - sums[:, None] + mass[:, None]
-    cost = jnp.where(place[:, None] <= place, spread / jnp.maximum(number, 1), jnp.inf)
+    cost = jnp.where(place[:, None] <= place[None, :], spread / jnp.maximum(number, 1), jnp.inf)
 
     def add_group(best: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         # best[i]: least cost of x[:i] so far; one more group x[i..j] ends at j.
@@ -57,7 +57,7 @@ def group_means(values: jax.Array, num_groups: int, task_mask: jax.Array) -> jax
         return start, (place >= start) & (place < end)
 
     _, members = lax.scan(cut, jnp.asarray(m), starts, reverse=True)
-    members = members.astype(x.dtype) * mass  # (k, m)
+    members = members.astype(x.dtype) * mass[None, :]  # (k, m)
     means = members @ values[order] / jnp.maximum(jnp.sum(members, 1), 1)
     return jnp.zeros_like(values).at[order].set(means @ members)
 

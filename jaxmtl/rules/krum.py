@@ -69,7 +69,7 @@ def krum(
         near = jnp.sort(jnp.where(other, apart, jnp.inf), axis=1)
         present = jnp.sum(task_mask)
         neighbors = jnp.maximum(present - num_byzantine - 2, 1)
-        counted = (jnp.arange(m) < neighbors) & jnp.isfinite(near)
+        counted = (jnp.arange(m) < neighbors)[None, :] & jnp.isfinite(near)
         score = jnp.where(task_mask, jnp.sum(jnp.where(counted, near, 0), axis=1), jnp.inf)
         rank = jnp.argsort(jnp.argsort(score))  # stable: ties go to the first
         selected = jnp.minimum(num_selected, present)

@@ -133,7 +133,9 @@ def pmgda(
         size = jnp.sqrt(square)
         units = jnp.append(1 / norms, 1 / size)
         extended = jnp.concatenate([gramian, products[None]])
-        extended = jnp.concatenate([extended, jnp.append(products, square)[:, None]], 1) * units
+        extended = (
+            jnp.concatenate([extended, jnp.append(products, square)[:, None]], 1) * units[None, :]
+        )
         allowed = jnp.append(task_mask & ~zero, moves)
         extended = jnp.where(allowed[None, :], extended, 0)
         found = _best_worst(extended, sigma * size, task_mask, allowed)

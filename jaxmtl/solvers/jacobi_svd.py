@@ -72,13 +72,13 @@ def singular_system(gramian: jax.Array, mask: jax.Array | None = None) -> Singul
     unit, norms, zero = row_normalized(gramian)
     columns = _cholesky_columns(unit, norms, ~zero)
     padded = jnp.pad(columns, ((0, m % 2), (0, 0)))
-    columns, residual = _orthogonal_rows(padded * norms)
+    columns, residual = _orthogonal_rows(padded * norms[None, :])
     _, exponent = jnp.frexp(jnp.max(jnp.abs(columns), axis=1))
     scaled = linalg.ldexp(columns, -exponent[:, None])
     sizes = jnp.sqrt(jnp.sum(scaled * scaled, axis=1))
     values = linalg.ldexp(sizes, exponent)
     order = jnp.argsort(-values)[:m]
-    vectors = scaled[order].T / jnp.where(sizes > 0, sizes, 1)[order]
+    vectors = (scaled / jnp.where(sizes > 0, sizes, 1)[:, None])[order].T
     return SingularSystem(linalg.ldexp(values[order], log2_scale), vectors, residual.astype(dtype))
 
 

@@ -61,7 +61,7 @@ def linear_program(
     cost = jnp.where(allowed, cost, 0)
     size = jnp.max(jnp.abs(cost))
     cost = cost / jnp.where(size > 0, size, 1)
-    matrix = jnp.where(binds[:, None] & allowed, rows, 0)
+    matrix = jnp.where(binds[:, None] & allowed[None, :], rows, 0)
     lower = jnp.where(binds, bounds, -1)  # 0 >= -1 binds nothing
     scales = _row_scales(matrix, lower)
     matrix, lower = matrix / scales[:, None], lower / scales

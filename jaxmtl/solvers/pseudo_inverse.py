@@ -27,4 +27,4 @@ def pseudo_inverse(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     kept = values > tolerance
     inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
     rounding = 16 * tolerance * jnp.max(inverse)
-    return (vectors * inverse) @ vectors.T, jnp.sum(kept), rounding
+    return (vectors * inverse[None, :]) @ vectors.T, jnp.sum(kept), rounding
