@@ -28,15 +28,28 @@ front that is reached:
     ZDT1      0.85   0.98    1.00  1.00    0.76  1.00   0.31    0.05    0.79  0.05         1.00
     ZDT2      0.14   1.00    1.00  1.00    1.00  1.00   0.07    0.07    0.07  0.07         1.00
     ZDT3      0.66   0.75    0.78  0.66    0.63  0.76   0.68    0.09    0.70  0.09         0.93
+    DTLZ2     0.06   0.76    0.73  0.98    0.99  0.74   0.96    0.21    0.09  0.07         0.39
     RE21      1.00   1.00    1.00  1.00    0.75  1.00   0.44    0.86    0.85  0.13         1.00
     RE24      0.58   0.56    0.53  0.33    0.31  0.48   0.50    0.43    0.48  0.09         0.66
+    RE31      0.16   0.17    0.17  0.16    0.17  0.27   0.36    0.30    0.26  0.31         0.28
+    RE32      0.31   0.32    0.32  0.27    0.29  0.33   0.33    0.27    0.28  0.43         0.82
+    RE33      0.45   0.52    0.54  0.37    0.44  0.67   0.68    0.30    0.38  0.65         0.79
+    RE34      0.53   0.88    0.90  0.73    0.77  0.52   0.35    0.42    0.33  0.18         0.78
+    RE37      0.45   0.92    0.90  0.89    0.87  0.67   0.18    0.23    0.29  0.05         0.87
+    RE41      0.23   0.49    0.50  0.49    0.52  0.56   0.12    0.05    0.19  0.11         0.63
+    RE61      0.38   0.37    0.49  0.29    0.54  0.48   0.38    0.12    0.44  0.23            -
 
-To cover a front take `tchebycheff`, `stch` or `epo` with spread preferences, or the hypervolume of
-the whole set. Sums with fixed weights end at the ends of a concave front (VLMOP2, ZDT2), whatever
-the weights, and `cagrad` and `aligned_mtl` with preferences behave like them. COSMOS leaves out the
-ends of a convex front; PMGDA does not arrive where the starts are far from the front (ZDT).
-`upgrad` stops at the first point where no objective can fall: its preference does not say where.
-`mgda` and `nash_mtl` from many starts gather in one place or, on ZDT, at an end.
+To cover a front of two objectives take `tchebycheff`, `stch` or `epo` with spread preferences, or
+the hypervolume of the whole set. With three objectives and more it depends on the front: on the
+sphere of DTLZ2 `cosmos`, `pbi` and `pmgda` lead and the Tchebycheff forms leave gaps; on RE34 and
+RE37 the Tchebycheff forms lead. RE31 to RE33 crowd into a corner of the scaled box, where spread
+preferences end close together: there, and on RE41, the hypervolume of the set reaches most, RE31
+apart, where nothing reaches half. Sums with fixed weights end at the ends of a concave front
+(VLMOP2, ZDT2, DTLZ2), whatever the weights, and `cagrad` and `aligned_mtl` with preferences behave
+like them. COSMOS leaves out the ends of a convex front; PMGDA does not arrive where the starts are
+far from the front (ZDT). `upgrad` stops at the first point where no objective can fall: its
+preference does not say where. `mgda` and `nash_mtl` from many starts gather in one place or, on
+ZDT, at an end.
 
 Ten points on VLMOP2 stand beside LibMOON's table 1 in the notes (it calls the problem VLMOP1; ten
 points are its script's default, as it does not state a number): the order is the same.
