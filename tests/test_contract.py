@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxmtl
-from tests.methods import INPUTS, METHODS
+from tests.methods import INPUTS, METHODS, Method
 
 M = 3
 ROWS = jnp.array([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0], [-1.0, 1.0, 0.0]])
@@ -204,10 +204,9 @@ def strict():
         yield
 
 
-@pytest.mark.parametrize("name", [method.name for method in METHODS])
-def test_no_method_relies_on_rank_promotion(name):
+@pytest.mark.parametrize("method", [*METHODS, Method("dwa", {"window": 4})], ids=lambda m: m.name)
+def test_no_method_relies_on_rank_promotion(method):
     """Users' flags hold in the library too: nothing of it broadcasts ranks silently."""
-    method = next(method for method in METHODS if method.name == name)
     m = max(4, method.min_tasks)
     rows, params = jnp.ones((m, 6)), jnp.zeros(6)
     aggregator = method.make(m)

@@ -147,7 +147,7 @@ def dwa(
             there = state.present & half[:, None]
             counts.append(jnp.sum(there, axis=0))
             # Divided first: a sum of large losses could leave the format.
-            shares = there / jnp.maximum(counts[-1], 1).astype(state.losses.dtype)
+            shares = there / jnp.maximum(counts[-1], 1).astype(state.losses.dtype)[None, :]
             means.append(jnp.sum(state.losses * shares, axis=0))
         known = (counts[0] > 0) & (counts[1] > 0) & (state.mtl_step >= size)
         weights = weights_of(means[0], means[1], known, task_mask)
