@@ -148,7 +148,7 @@ def signed_by(jacobian: Any, features: Any, batch_axis: int | None) -> Any:
 
     def leaf(rows: jax.Array, z: jax.Array) -> jax.Array:
         dtype = linalg.accumulation_dtype(rows)
-        signed = rows.astype(dtype) * jnp.sign(z).astype(dtype)
+        signed = rows.astype(dtype) * jnp.sign(z).astype(dtype)[None]
         if batch_axis is None:
             return signed
         axis = batch_axis + 1 if batch_axis >= 0 else batch_axis
