@@ -15,6 +15,11 @@ from tests.problems import flat, inputs_of, params_of, rows_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
 WEIGHTED = [method.name for method in METHODS if method.weighted]
+# Programs with nine copies of a solver compile for long; combinators see no difference in them.
+COMBINED = [
+    pytest.param(name, marks=[pytest.mark.slow] * (BY_NAME[name].solver and name != "upgrad"))
+    for name in WEIGHTED
+]
 
 
 def matrix_of(m, seed=0, kind="generic"):
@@ -334,7 +339,7 @@ def test_fixed_weights_without_num_tasks_have_no_state():
     np.testing.assert_array_equal(update, 0)
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", COMBINED)
 def test_combinators_in_their_neutral_form_are_the_bare_rule(name, x64):
     """On every route, heads included: with the Jacobian, with the Gramian alone, without either."""
     m = tasks_of(name)
