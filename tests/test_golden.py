@@ -119,7 +119,7 @@ def test_compact_float64(name, x64):
     check(name, *load(COMPACT), np.float64)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", [*SOLVERS, "ConFIG"])
 def test_compact_float32(name):
     check(name, *load(COMPACT), np.float32)
 

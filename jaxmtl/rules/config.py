@@ -65,7 +65,7 @@ def config(
     Returns:
       An `Aggregator` without inner state; with ``beta1`` one with a `ConFIGState`, whose
       ``weighting`` is None. With the Jacobian at hand the problem is solved in
-      coordinates, by two products of m rows; with a Gramian alone by the normal equations, where
+      coordinates, by two products and two sums of m rows; with a Gramian alone by the normal equations, where
       the condition of U counts squared.
 
     Raises:
@@ -100,14 +100,17 @@ def config(
         shares = tasks.shares(preference, task_mask, gramian.dtype)
         cosines = jnp.where(usable, shares / jnp.max(shares), 0)
         unit = jnp.where(tasks.pairs(usable), unit, 0)
+        lengths = jnp.where(usable, norms, 0)
         if jacobian is None:
             v, reached, rounding = _normal_equations(unit, cosines)
-            square = v @ reached
+            square, total = v @ reached, lengths @ reached  # |x|^2 and sum_i g_i . x
         else:
             rows = _unit_rows(jacobian, jnp.where(usable, norms, 1), log2_scale, gramian.dtype)
             v, reached, square = _least_norm(rows, unit, cosines)
             rounding = jnp.asarray(64 * unit.shape[0] * jnp.finfo(unit.dtype).eps)
-        total = jnp.where(usable, norms, 0) @ reached  # sum_i g_i . x
+            # Dependent gradients may cancel: then their sum is known better than their products.
+            sums = linalg.gramian(linalg.combine_rows(rows, jnp.stack([v, lengths])))
+            total = jnp.where(jnp.all(reached == cosines), lengths @ cosines, sums[0, 1])
         # U x is the projection of p onto the range of U.
         vanishes = jnp.linalg.norm(reached) <= rounding * jnp.linalg.norm(cosines)
         vanishes |= square <= 0
