@@ -18,14 +18,15 @@ nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not in
 from PIL import Image  # noqa: E402
 
 import jaxmtl  # noqa: E402
+from experiments import resnet, weights  # noqa: E402
+from experiments.checkpoints import Checkpoint  # noqa: E402
 from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
 from experiments.scenes import __main__ as main  # noqa: E402
-from experiments.scenes import convert, data, networks, report, weights  # noqa: E402
+from experiments.scenes import convert, data, networks, report  # noqa: E402
 from experiments.scenes.benchmarks import BENCHMARKS, LOSSES, count, measure  # noqa: E402
 from experiments.scenes.methods import METHODS, Known  # noqa: E402
 from experiments.scenes.published import TABLES  # noqa: E402
 from experiments.scenes.train import (  # noqa: E402
-    Checkpoint,
     Model,
     Options,
     State,
@@ -584,7 +585,7 @@ def test_a_bottleneck_is_its_layers():
     """A block's output is that of torchvision's layers with their weights, by loops."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 6, 4))
-    block = networks.Bottleneck(2, 1, 2, project=True)
+    block = resnet.Bottleneck(2, 1, 2, project=True)
     variables = block.init(jax.random.key(0), jnp.asarray(x, jnp.float32)[None], False)
     stats = jax.tree.map(
         lambda s: jnp.asarray(rng.uniform(0.5, 2, s.shape)), variables["batch_stats"]
@@ -611,13 +612,13 @@ def test_a_bottleneck_is_its_layers():
 
 def test_dilations_and_strides_are_those_described(monkeypatch):
     made = {}
-    original = networks.Bottleneck.__call__
+    original = resnet.Bottleneck.__call__
 
     def spy(self, x, train):
         made[self.name] = (self.stride, self.dilation, self.project)
         return original(self, x, train)
 
-    monkeypatch.setattr(networks.Bottleneck, "__call__", spy)
+    monkeypatch.setattr(resnet.Bottleneck, "__call__", spy)
     shapes_of(networks.PSPNet(NYU[:1], width=2, blocks=(2, 2, 3, 3)))
     assert made == {
         "layer1_0": (1, 1, True),
@@ -702,7 +703,7 @@ def test_weights_of_a_file_reach_their_layers(tmp_path):
         jax.tree.map(lambda x: jnp.zeros(x.shape), variables[kind])
         for kind in ("params", "batch_stats")
     )
-    params, stats = weights.load_encoder(params, stats, read)
+    params, stats = weights.load_encoder(params, stats, read, "resnet50")
     encoder = params["encoder"]
     np.testing.assert_array_equal(
         encoder["layer2_0"]["conv2"]["kernel"][1, 2, 3, 0],
@@ -737,11 +738,14 @@ def test_weights_that_cannot_be_used_say_why(tmp_path):
     params, stats = variables["params"], variables["batch_stats"]
     with pytest.raises(ValueError, match=r"expected layer1.0.conv1.weight among"):
         weights.load_encoder(
-            params, stats, {k: v for k, v in arrays.items() if k != "layer1.0.conv1.weight"}
+            params,
+            stats,
+            {k: v for k, v in arrays.items() if k != "layer1.0.conv1.weight"},
+            "resnet50",
         )
     arrays["conv1.weight"] = arrays["conv1.weight"][:1]
     with pytest.raises(ValueError, match=r"expected conv1.weight of shape"):
-        weights.load_encoder(params, stats, arrays)
+        weights.load_encoder(params, stats, arrays, "resnet50")
 
 
 # --- loaders --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Weights of torchvision's ResNet-50 from a local file, for PSPNet's encoder."""
+"""Weights of torchvision's ResNets from a local file."""
 
 import json
 from pathlib import Path
@@ -80,7 +80,7 @@ _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "runn
 
 
 def _name_of(path: tuple[Any, ...]) -> str:
-    """Returns torchvision's name of a parameter or a statistic of `networks.ResNet`."""
+    """Returns torchvision's name of a parameter or a statistic of `resnet.ResNet`."""
     keys = [str(entry.key) for entry in path]
     *layers, last = keys
     if layers[-1] == "norm":
@@ -90,13 +90,14 @@ def _name_of(path: tuple[Any, ...]) -> str:
     return ".".join([*(layer.replace("_", ".") for layer in layers), suffix])
 
 
-def load_encoder(params: Any, stats: Any, arrays: Arrays) -> tuple[Any, Any]:
+def load_encoder(params: Any, stats: Any, arrays: Arrays, name: str) -> tuple[Any, Any]:
     """Returns parameters and statistics with those of the encoder replaced by weights of a file.
 
     Args:
-      params: Of `networks.PSPNet`.
+      params: Of a network with a `resnet.ResNet` as ``encoder``.
       stats: Its running averages.
       arrays: By torchvision's names; ``fc`` is not used.
+      name: Of the network that they have to be of, as torchvision calls it.
 
     Raises:
       ValueError: An array is missing or has another shape.
@@ -104,19 +105,19 @@ def load_encoder(params: Any, stats: Any, arrays: Arrays) -> tuple[Any, Any]:
 
     def filled(tree: Any) -> Any:
         def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-            name = _name_of(path)
-            if name not in arrays:
+            layer = _name_of(path)
+            if layer not in arrays:
                 raise ValueError(
-                    f"expected {name} among the weights of torchvision's resnet50, got "
+                    f"expected {layer} among the weights of torchvision's {name}, got "
                     f"{len(arrays)} others; use its state dict"
                 )
-            array = arrays[name]
+            array = arrays[layer]
             if array.ndim == 4:  # out, in, height, width
                 array = array.transpose(2, 3, 1, 0)
             if array.shape != x.shape:
                 raise ValueError(
-                    f"expected {name} of shape {x.shape} (height, width, in, out), got "
-                    f"{array.shape}; weights fit --width 64 and all levels only"
+                    f"expected {layer} of shape {x.shape} (height, width, in, out), got "
+                    f"{array.shape}; weights fit --width 64 and all layers only"
                 )
             return jnp.asarray(array, x.dtype)
 
