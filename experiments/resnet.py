@@ -124,9 +124,11 @@ class ResNet(nn.Module):
         return x
 
 
-def resnet18(width: int = 64, blocks: tuple[int, ...] = (2, 2, 2, 2)) -> ResNet:
+def resnet18(
+    width: int = 64, blocks: tuple[int, ...] = (2, 2, 2, 2), name: str | None = None
+) -> ResNet:
     """Returns ResNet-18, or with other numbers of blocks its kin."""
-    return ResNet(width, blocks, BasicBlock)
+    return ResNet(width, blocks, BasicBlock, name=name)
 
 
 def dilated_resnet50(width: int = 64, blocks: tuple[int, ...] = (3, 4, 6, 3)) -> ResNet:
