@@ -1,4 +1,4 @@
-"""Images of domains: LibMTL's lists and the pictures that they name; made-up ones in that layout."""
+"""Images of domains by LibMTL's lists, and made-up ones in that layout."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -246,9 +246,9 @@ def in_order(domain: Domain, batch_size: int) -> Iterator[tuple[Batch, np.ndarra
             yield domain.read(np.minimum(index, number - 1), pool), index < number
 
 
-def prepare(images: jax.Array) -> jax.Array:
+def prepare(images: jax.typing.ArrayLike) -> jax.Array:
     """Returns images (b, h, w, 3) uint8 as the network takes them."""
-    return (images.astype(jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
+    return (jnp.asarray(images, jnp.float32) / 255 - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 # --- made-up images -------------------------------------------------------------------------------

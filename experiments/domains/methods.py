@@ -92,9 +92,7 @@ def make_direction(
         return aggregator.init, by_weights
 
     own = jaxmtl.linear_scalarization(jnp.ones(m))
-    rule = optax.partition(
-        {"shared": aggregator, "own": own}, {"shared": "shared", "heads": "own"}
-    )
+    rule = optax.partition({"shared": aggregator, "own": own}, {"shared": "shared", "heads": "own"})
     rows_of = jaxmtl.value_and_jacobian(losses, has_aux=True)
 
     def by_rows(params: Params, state: State, batches: Any, **inputs: Any) -> Any:

@@ -35,6 +35,7 @@ Stats = Any  # running averages of BatchNorm
 QUICK: dict[str, bool | int] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
 }
 
 
@@ -83,7 +84,9 @@ class Training(NamedTuple):
 # --- one step -------------------------------------------------------------------------------------
 
 
-def make_losses(trunk: Trunk, domains: Sequence[str], classes: int) -> dict[str, Callable[..., Any]]:
+def make_losses(
+    trunk: Trunk, domains: Sequence[str], classes: int
+) -> dict[str, Callable[..., Any]]:
     """Returns by domain ``(params, task) -> (cross-entropy (), new statistics)``."""
     head = make_head(classes, 8 * trunk.width)
 
@@ -119,9 +122,7 @@ def merged(old: Stats, new: Sequence[Stats]) -> Stats:
     return current
 
 
-def tasks_of(
-    stats: Stats, batches: Mapping[str, Batch], key: jax.Array
-) -> dict[str, Task]:
+def tasks_of(stats: Stats, batches: Mapping[str, Batch], key: jax.Array) -> dict[str, Task]:
     """Returns what the losses read; dropout draws for each domain alone."""
     keys = jax.random.split(key, len(batches))
     return {
@@ -165,9 +166,7 @@ def make_training(
         after = jnp.zeros(len(domains))
         return State(params, stats, init_rule(params), optimizer.init(params), after)
 
-    def step(
-        state: State, batches: Mapping[str, Batch], keys: jax.Array
-    ) -> tuple[State, Record]:
+    def step(state: State, batches: Mapping[str, Batch], keys: jax.Array) -> tuple[State, Record]:
         params, stats, rule, moments, after = state
         extra = {"previous_batch_losses": after} if wants_after else {}
         tasks = tasks_of(stats, batches, keys[0])
@@ -224,12 +223,17 @@ def accuracy(options: Options, state: State, name: str, domain: Domain) -> float
     return round(100 * sum(map(int, right)) / len(domain.labels), 4)
 
 
+def steps_of(options: Options, split: Split) -> int:
+    """Returns the steps of an epoch."""
+    steps = check_batches(split, options.batch_size)
+    return min(steps, options.max_steps or steps)
+
+
 def run_epoch(
     training: Training, options: Options, split: Split, state: State, seed: int, epoch: int
 ) -> tuple[State, Record]:
     """Returns the state after an epoch, and the means of what its steps logged."""
-    steps = check_batches(split, options.batch_size)
-    steps = min(steps, options.max_steps or steps)
+    steps = steps_of(options, split)
     # Of every step a key for dropout and one for the method.
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), epoch + 1), (steps, 2))
     numbers = range(epoch * steps, (epoch + 1) * steps)
@@ -269,9 +273,7 @@ def train(
       say: Called after each epoch.
       weights: Of torchvision's ResNet-18.
     """
-    training = make_training(
-        options, METHODS[method], check_batches(splits["train"], options.batch_size)
-    )
+    training = make_training(options, METHODS[method], steps_of(options, splits["train"]))
     start = training.init(jax.random.key(seed))
     if weights is not None:
         shared, stats = load_encoder(start.params["shared"], start.stats, weights, "resnet18")
