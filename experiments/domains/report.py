@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -241,7 +242,8 @@ def draw(found: Found, path: Path) -> None:
     cells.set_title("test accuracy against that of equal weights (below), points", fontsize=10)
     figure.colorbar(image, ax=cells, pad=0.02)
     seeds = max(len(records) for records in found.methods.values())
-    figure.suptitle(f"{title_of(found)}; {seeds} seed{'s' if seeds > 1 else ''}", fontsize="medium")
+    title = f"{title_of(found)}; {seeds} seed{'s' if seeds > 1 else ''}"
+    figure.suptitle(fill(title, 110), fontsize="medium")
     figure.savefig(path, dpi=120)
 
 
