@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ class Benchmark(NamedTuple):
 
     title: str
     lists: str  # LibMTL's folder of its lists
-    domains: tuple[str, ...]
+    domains: tuple[str, ...]  # sorted, as the library orders named losses
     classes: int
 
 
@@ -47,15 +48,17 @@ class Cache:
     limit: int
     kept: dict[Path, np.ndarray] = field(default_factory=dict)
     size: int = 0
+    lock: Lock = field(default_factory=Lock)
 
     def read(self, path: Path, size: int) -> np.ndarray:
         """Returns an image (size, size, 3) uint8."""
         if path in self.kept:
             return self.kept[path]
         image = read_image(path, size)
-        if self.size + image.nbytes <= self.limit:
-            self.size += image.nbytes
-            self.kept[path] = image
+        with self.lock:
+            if path not in self.kept and self.size + image.nbytes <= self.limit:
+                self.size += image.nbytes
+                self.kept[path] = image
         return image
 
 
@@ -63,13 +66,18 @@ def read_image(path: Path, size: int) -> np.ndarray:
     """Returns an image in colors, resized to a square without regard to its shape.
 
     Raises:
-      ValueError: The file is no picture, or only part of one.
+      ValueError: The file is no picture of 8 bits, or only part of one.
     """
     try:
         with Image.open(path) as picture:
+            if picture.mode[0] in "IF":  # as colors all of them would be white
+                raise ValueError(
+                    f"expected a picture of 8 bits in {path}, got mode {picture.mode}; use the "
+                    "files of the data set as they are"
+                )
             square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
             return np.asarray(square)
-    except OSError as error:  # of Pillow: unknown kinds, truncated files
+    except (OSError, SyntaxError) as error:  # of Pillow: unknown kinds, truncated files
         raise ValueError(
             f"expected a picture in {path}, got one that Pillow cannot read ({error}); fetch the "
             "file anew"

@@ -144,12 +144,10 @@ def make_init(trunk: Trunk, domains: tuple[str, ...], classes: int) -> Callable[
     return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def make_training(
-    options: Options, method: Method, steps_per_epoch: int, domains: tuple[str, ...] = ()
-) -> Training:
-    """Returns the training of a method, of all domains unless some are named."""
+def make_training(options: Options, method: Method, steps_per_epoch: int) -> Training:
+    """Returns the training of a method."""
     benchmark = BENCHMARKS[options.dataset]
-    domains = domains or benchmark.domains
+    domains = benchmark.domains
     trunk = Trunk(options.width, options.depth)
     losses = make_losses(trunk, domains, benchmark.classes)
     init_rule, direction = make_direction(method, losses, steps_per_epoch)
