@@ -1,6 +1,5 @@
 """Weights of torchvision's ResNets from a local file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 
 
 def read_safetensors(path: Path) -> Arrays:
-    """Returns the arrays of a safetensors file: the size of a header, the header in JSON, bytes.
+    """Returns the arrays of a safetensors file.
 
     Raises:
-      ValueError: The file is of another form, or holds numbers that NumPy has not (bfloat16).
+      ValueError: The file is of another form, or holds numbers that NumPy has not.
     """
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
-        header: dict[str, Any] = json.loads(data[8 : 8 + size])
-    except ValueError:
+        arrays: Arrays = load_file(path)
+    except (SafetensorError, TypeError, AttributeError) as error:  # the latter: unknown numbers
         raise ValueError(
-            f"expected a safetensors file in {path}, got no header in JSON; save it anew"
+            f"expected a safetensors file of numbers that NumPy has in {path}, got one that "
+            f"cannot be read ({error}); save it anew, in float32"
         ) from None
-    arrays = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _TYPES:
-            raise ValueError(
-                f"expected numbers of {', '.join(_TYPES)} in {path}, got {entry['dtype']} for "
-                f"{name}; convert it to F32"
-            )
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        array = np.frombuffer(data[begin:end], _TYPES[entry["dtype"]])
-        arrays[name] = array.reshape(entry["shape"])
     return arrays
 
 

@@ -678,7 +678,8 @@ def write_safetensors(path, arrays):
     header, blob = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
         end = len(blob) + array.nbytes
-        kind = {"float32": "F32", "int64": "I64"}[array.dtype.name]
+        kinds = {"float32": "F32", "int64": "I64", "bfloat16": "BF16"}
+        kind = kinds[array.dtype.name]
         header[name] = {
             "dtype": kind,
             "shape": list(array.shape),
@@ -718,6 +719,12 @@ def test_weights_of_a_file_reach_their_layers(tmp_path):
     assert not any(leaf.any() for leaf in jax.tree.leaves(params["heads_0"]))  # left as they were
 
 
+def test_weights_of_half_precision_are_read(tmp_path):
+    made = np.asarray(jnp.array([1.0, -2.5], jnp.bfloat16))
+    write_safetensors(tmp_path / "a.safetensors", {"a": made})
+    np.testing.assert_array_equal(weights.read_weights(tmp_path / "a.safetensors")["a"], made)
+
+
 def test_weights_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(FileNotFoundError, match="correct --weights"):
         weights.read_weights(tmp_path / "none.safetensors")
@@ -727,6 +734,11 @@ def test_weights_that_cannot_be_used_say_why(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"no header at all")
     with pytest.raises(ValueError, match="expected a safetensors file"):
         weights.read_weights(tmp_path / "b.safetensors")
+    write_safetensors(tmp_path / "d.safetensors", {"a": np.zeros(2, np.float32)})
+    text = (tmp_path / "d.safetensors").read_bytes().replace(b'"F32"', b'"F99"')
+    (tmp_path / "d.safetensors").write_bytes(text)
+    with pytest.raises(ValueError, match=r"cannot be read .*; save it anew, in float32"):
+        weights.read_weights(tmp_path / "d.safetensors")
     (tmp_path / "c.pth").touch()
     try:
         import torch  # noqa: F401
