@@ -508,13 +508,13 @@ def test_moco_takes_the_rates_of_its_paper():
     losses = np.array([0.5, 1.5])
     y, share = np.zeros((2, 3)), np.full(2, 0.5)
     aggregator = METHODS["moco"].build(2)
-    state = aggregator.init(jnp.zeros(3))
+    state, update_of = aggregator.init(jnp.zeros(3)), jax.jit(aggregator.update)
     for k in (1, 2):
         g = rows / np.linalg.norm(rows, axis=1, keepdims=True) * losses[:, None]
         y = y - 0.5 / np.sqrt(k) * (y - g)
         logits = share - 0.1 / np.sqrt(k) * (y @ y.T) @ share
         share = np.exp(logits) / np.exp(logits).sum()
-        update, state = aggregator.update(
+        update, state = update_of(
             jnp.float32(rows), state, jnp.zeros(3), losses=jnp.float32(losses)
         )
         np.testing.assert_allclose(update, y.T @ share, rtol=1e-5)
@@ -603,28 +603,28 @@ def shapes_of(trunk, names):
 
 
 def test_a_step_costs_the_gradients_of_the_domains_and_no_factor_m():
-    """At the size of the paper: three domains, 64 images of 224 x 224 each."""
+    """At the size of the paper: 64 images of 224 x 224 of each domain."""
     params, task = shapes_of(Trunk(), ("amazon",))
     forward = flops_of(train.make_losses(Trunk(), ("amazon",), 31)["amazon"], params, task)
     # ResNet-18 is published with 1.81 billion multiplications and additions at this size; those
     # with the zeros of the padding are not counted here.
     assert 1.65e9 < forward / 2 / 64 < 1.82e9
 
-    trunk, names = Trunk(depth=10), OFFICE.domains
-    params, task = shapes_of(trunk, names)
-    losses = train.make_losses(trunk, names, 31)
+    trunk, m = Trunk(depth=10), len(DOMAINS)
+    params, task = shapes_of(trunk, DOMAINS)
+    losses = train.make_losses(trunk, DOMAINS, 31)
     single = flops_of(jax.value_and_grad(losses["amazon"], has_aux=True), params, task)
-    m, n = 3, number(params)
+    n = number(params)
     for name in ("linear_scalarization", "mgda", "graddrop"):
         init, direction = make_direction(METHODS[name], losses, 2)
         step = flops_of(
             lambda p, s, t, k, direction=direction: direction(p, s, t, key=k),
             params,
             jax.eval_shape(init, params),
-            dict.fromkeys(names, task),
+            dict.fromkeys(DOMAINS, task),
             task.key,
         )
-        assert 0.99 * m * single < step < 1.01 * m * single + 20 * m**2 * n
+        assert 0.99 * m * single < step < 1.01 * m * single + 20 * m**2 * n, name
 
 
 # --- a run ----------------------------------------------------------------------------------------
