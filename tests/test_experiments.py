@@ -214,6 +214,7 @@ STUDIES = (
     "tabular",
     "scenes",
     "molecules",
+    "domains",
     "metaworld",
 )
 

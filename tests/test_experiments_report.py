@@ -22,7 +22,7 @@ def test_every_study_has_results_a_command_and_its_figures():
         assert study.claims(folder)
         assert study.figures
         for figure in study.figures:
-            if name == "iwrm" and not (folder / figure).with_suffix(".jsonl").exists():
+            if name in ("iwrm", "domains") and not (folder / figure).with_suffix(".jsonl").exists():
                 continue  # a data set that was not at hand
             assert (folder / figure).stat().st_size > 10_000, figure
 
@@ -43,7 +43,10 @@ def test_notes_end_with_the_tables_and_say_no_number_that_is_not_in_them(name):
 def test_no_results_no_claims(tmp_path):
     report.main(["--out", str(tmp_path / "new")])
     page = (tmp_path / "new" / "README.md").read_text()
-    assert page.count("No results yet") == len(report.STUDIES)
+    claims = [report.study_of(name).claims(tmp_path / "new" / name) for name in report.STUDIES]
+    assert page.count("No results yet") == claims.count([]) > 3
+    # Some say what would decide a claim before there is any record.
+    assert {claim.verdict for made in claims for claim in made} <= {NO_DATA}
     assert not re.search(r"!\[", page)
 
 

@@ -18,14 +18,15 @@ nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not in
 from PIL import Image  # noqa: E402
 
 import jaxmtl  # noqa: E402
+from experiments import resnet, weights  # noqa: E402
+from experiments.checkpoints import Checkpoint  # noqa: E402
 from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
 from experiments.scenes import __main__ as main  # noqa: E402
-from experiments.scenes import convert, data, networks, report, weights  # noqa: E402
+from experiments.scenes import convert, data, networks, report  # noqa: E402
 from experiments.scenes.benchmarks import BENCHMARKS, LOSSES, count, measure  # noqa: E402
 from experiments.scenes.methods import METHODS, Known  # noqa: E402
 from experiments.scenes.published import TABLES  # noqa: E402
 from experiments.scenes.train import (  # noqa: E402
-    Checkpoint,
     Model,
     Options,
     State,
@@ -584,7 +585,7 @@ def test_a_bottleneck_is_its_layers():
     """A block's output is that of torchvision's layers with their weights, by loops."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 6, 4))
-    block = networks.Bottleneck(2, 1, 2, project=True)
+    block = resnet.Bottleneck(2, 1, 2, project=True)
     variables = block.init(jax.random.key(0), jnp.asarray(x, jnp.float32)[None], False)
     stats = jax.tree.map(
         lambda s: jnp.asarray(rng.uniform(0.5, 2, s.shape)), variables["batch_stats"]
@@ -611,13 +612,13 @@ def test_a_bottleneck_is_its_layers():
 
 def test_dilations_and_strides_are_those_described(monkeypatch):
     made = {}
-    original = networks.Bottleneck.__call__
+    original = resnet.Bottleneck.__call__
 
     def spy(self, x, train):
         made[self.name] = (self.stride, self.dilation, self.project)
         return original(self, x, train)
 
-    monkeypatch.setattr(networks.Bottleneck, "__call__", spy)
+    monkeypatch.setattr(resnet.Bottleneck, "__call__", spy)
     shapes_of(networks.PSPNet(NYU[:1], width=2, blocks=(2, 2, 3, 3)))
     assert made == {
         "layer1_0": (1, 1, True),
@@ -677,7 +678,8 @@ def write_safetensors(path, arrays):
     header, blob = {"__metadata__": {"format": "pt"}}, b""
     for name, array in arrays.items():
         end = len(blob) + array.nbytes
-        kind = {"float32": "F32", "int64": "I64"}[array.dtype.name]
+        kinds = {"float32": "F32", "int64": "I64", "bfloat16": "BF16"}
+        kind = kinds[array.dtype.name]
         header[name] = {
             "dtype": kind,
             "shape": list(array.shape),
@@ -702,7 +704,7 @@ def test_weights_of_a_file_reach_their_layers(tmp_path):
         jax.tree.map(lambda x: jnp.zeros(x.shape), variables[kind])
         for kind in ("params", "batch_stats")
     )
-    params, stats = weights.load_encoder(params, stats, read)
+    params, stats = weights.load_encoder(params, stats, read, "resnet50")
     encoder = params["encoder"]
     np.testing.assert_array_equal(
         encoder["layer2_0"]["conv2"]["kernel"][1, 2, 3, 0],
@@ -717,6 +719,12 @@ def test_weights_of_a_file_reach_their_layers(tmp_path):
     assert not any(leaf.any() for leaf in jax.tree.leaves(params["heads_0"]))  # left as they were
 
 
+def test_weights_of_half_precision_are_read(tmp_path):
+    made = np.asarray(jnp.array([1.0, -2.5], jnp.bfloat16))
+    write_safetensors(tmp_path / "a.safetensors", {"a": made})
+    np.testing.assert_array_equal(weights.read_weights(tmp_path / "a.safetensors")["a"], made)
+
+
 def test_weights_that_cannot_be_used_say_why(tmp_path):
     with pytest.raises(FileNotFoundError, match="correct --weights"):
         weights.read_weights(tmp_path / "none.safetensors")
@@ -726,6 +734,11 @@ def test_weights_that_cannot_be_used_say_why(tmp_path):
     (tmp_path / "b.safetensors").write_bytes(b"no header at all")
     with pytest.raises(ValueError, match="expected a safetensors file"):
         weights.read_weights(tmp_path / "b.safetensors")
+    write_safetensors(tmp_path / "d.safetensors", {"a": np.zeros(2, np.float32)})
+    text = (tmp_path / "d.safetensors").read_bytes().replace(b'"F32"', b'"F99"')
+    (tmp_path / "d.safetensors").write_bytes(text)
+    with pytest.raises(ValueError, match=r"cannot be read .*; save it anew, in float32"):
+        weights.read_weights(tmp_path / "d.safetensors")
     (tmp_path / "c.pth").touch()
     try:
         import torch  # noqa: F401
@@ -737,11 +750,14 @@ def test_weights_that_cannot_be_used_say_why(tmp_path):
     params, stats = variables["params"], variables["batch_stats"]
     with pytest.raises(ValueError, match=r"expected layer1.0.conv1.weight among"):
         weights.load_encoder(
-            params, stats, {k: v for k, v in arrays.items() if k != "layer1.0.conv1.weight"}
+            params,
+            stats,
+            {k: v for k, v in arrays.items() if k != "layer1.0.conv1.weight"},
+            "resnet50",
         )
     arrays["conv1.weight"] = arrays["conv1.weight"][:1]
     with pytest.raises(ValueError, match=r"expected conv1.weight of shape"):
-        weights.load_encoder(params, stats, arrays)
+        weights.load_encoder(params, stats, arrays, "resnet50")
 
 
 # --- loaders --------------------------------------------------------------------------------------

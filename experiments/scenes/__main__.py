@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from experiments.checkpoints import Checkpoint
 from experiments.scenes.benchmarks import BENCHMARKS
 from experiments.scenes.data import Arrays, Source, load_folder, load_tree, make_up
 from experiments.scenes.methods import METHODS, SINGLE
 from experiments.scenes.networks import NETWORKS
 from experiments.scenes.report import claims, report
-from experiments.scenes.train import Checkpoint, Options, train
-from experiments.scenes.weights import read_weights
+from experiments.scenes.train import Options, train
 from experiments.study import Job, Part, Record, Results, Say, Study, config_of
+from experiments.weights import read_weights
 
 # In the order in which a run that is cut short is of most use.
 DEFAULT = (

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments.resnet import Norm, dilated_resnet50, pytorch_uniform
+
 Predictions = dict[str, jax.Array]  # by task, (b, h, w, channels)
 
 
@@ -125,16 +127,6 @@ def resize_bilinear(x: jax.Array, height: int, width: int, *, align_corners: boo
 
 
 # --- SegNet and MTAN ----------------------------------------------------------------------------
-
-
-class Norm(nn.Module):
-    """BatchNorm as PyTorch has it by default."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Normalizes over all axes but the last."""
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, name="norm")
-        return jnp.asarray(norm(x))
 
 
 class ConvLayer(nn.Module):
@@ -382,89 +374,6 @@ STAGES = (3, 4, 6, 3)  # bottlenecks of ResNet-50
 SCALES = (1, 2, 3, 6)  # of the pyramid
 
 
-def _he_normal() -> Any:
-    return nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def _pytorch_uniform(fan_in: int) -> Any:
-    """Returns PyTorch's default for kernels and biases, uniform within 1 / sqrt(fan in)."""
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound
-    )
-
-
-class Bottleneck(nn.Module):
-    """ResNet's block of 1 x 1, 3 x 3 and 1 x 1 convolutions, with layers named as torchvision's."""
-
-    planes: int
-    stride: int
-    dilation: int
-    project: bool  # whether the shortcut is a convolution
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Maps (b, h, w, c) to (b, h / stride, w / stride, 4 * planes)."""
-
-        def conv(features: int, size: int, name: str, **more: Any) -> nn.Conv:
-            return nn.Conv(
-                features, (size, size), use_bias=False, kernel_init=_he_normal(), name=name, **more
-            )
-
-        d = self.dilation
-        y = nn.relu(Norm(name="bn1")(conv(self.planes, 1, "conv1")(x), train))
-        middle = conv(
-            self.planes,
-            3,
-            "conv2",
-            strides=self.stride,
-            kernel_dilation=d,
-            padding=((d, d), (d, d)),
-        )
-        y = nn.relu(Norm(name="bn2")(middle(y), train))
-        y = Norm(name="bn3")(conv(4 * self.planes, 1, "conv3")(y), train)
-        if self.project:
-            short = conv(4 * self.planes, 1, "downsample_0", strides=self.stride)
-            x = Norm(name="downsample_1")(short(x), train)
-        return nn.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """ResNet-50 without its last layer, of output stride 8: strides become dilations."""
-
-    width: int = 64
-    blocks: tuple[int, ...] = STAGES
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps (b, h, w, 3) to (b, h/8, w/8, 32 * width)."""
-        pad = ((3, 3), (3, 3))
-        x = nn.Conv(
-            self.width,
-            (7, 7),
-            2,
-            padding=pad,
-            use_bias=False,
-            kernel_init=_he_normal(),
-            name="conv1",
-        )(images)
-        x = nn.relu(Norm(name="bn1")(x, train))
-        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        strides, dilations = (1, 2, 1, 1), (1, 1, 2, 4)
-        for stage, number in enumerate(self.blocks):
-            for i in range(number):
-                # The first block keeps half the dilation: it was the one with the stride.
-                dilation = max(dilations[stage] // 2, 1) if i == 0 else dilations[stage]
-                x = Bottleneck(
-                    self.width * 2**stage,
-                    strides[stage] if i == 0 else 1,
-                    dilation,
-                    project=i == 0,
-                    name=f"layer{stage + 1}_{i}",
-                )(x, train)
-        return x
-
-
 class PyramidHead(nn.Module):
     """The decoder of one task: averages at four scales, then two convolutions."""
 
@@ -478,7 +387,7 @@ class PyramidHead(nn.Module):
         h, w = z.shape[1:3]
 
         def conv_norm(x: jax.Array, size: int, name: str) -> jax.Array:
-            init = _pytorch_uniform(size * size * x.shape[-1])
+            init = pytorch_uniform(size * size * x.shape[-1])
             x = nn.Conv(
                 self.features, (size, size), use_bias=False, kernel_init=init, name=f"{name}_conv"
             )(x)
@@ -490,7 +399,7 @@ class PyramidHead(nn.Module):
             x = conv_norm(x, 1, f"scale{scale}")
             parts.append(resize_bilinear(x, h, w, align_corners=False))
         x = conv_norm(jnp.concatenate(parts, axis=-1), 3, "merge")
-        init = _pytorch_uniform(self.features)
+        init = pytorch_uniform(self.features)
         x = nn.Conv(self.output.channels, (1, 1), kernel_init=init, bias_init=init, name="last")(x)
         for axis in (1, 2):  # to the nearest pixel
             x = jnp.repeat(x, self.upsample, axis=axis)
@@ -507,7 +416,7 @@ class PSPNet(nn.Module):
 
     def setup(self) -> None:
         """Makes the layers."""
-        self.encoder = ResNet(self.width, self.blocks)
+        self.encoder = dilated_resnet50(self.width, self.blocks)
         self.heads = [PyramidHead(output, 8 * self.width, self.upsample) for output in self.outputs]
 
     def features(self, images: jax.Array, train: bool) -> jax.Array:

@@ -1,12 +1,9 @@
 """The training of one network by one method, and what is recorded of it."""
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +13,7 @@ import numpy as np
 import optax
 
 import jaxmtl
+from experiments.checkpoints import Checkpoint
 from experiments.scenes.benchmarks import (
     BENCHMARKS,
     LOSSES,
@@ -29,8 +27,8 @@ from experiments.scenes.benchmarks import (
 from experiments.scenes.data import Source, prepare, read_ahead
 from experiments.scenes.methods import METHODS, SINGLE, Entry, Known
 from experiments.scenes.networks import Predictions, is_own, last_shared_layer, make_network
-from experiments.scenes.weights import Arrays, load_encoder
 from experiments.study import Record, Say, config_of
+from experiments.weights import Arrays, load_encoder
 
 BLANK = np.zeros((1, 32, 32, 3), np.float32)  # an image of any size, to make parameters
 Params = Any
@@ -349,45 +347,6 @@ def evaluate(
     return [round(value, 5) for value in table_row(benchmark, measure(counted))]
 
 
-class Checkpoint:
-    """A file with the state after an epoch, and the history up to it."""
-
-    def __init__(self, path: Path, options: Options):
-        """Names the file and the options of its run."""
-        self.path, self.config = path, config_of(options)
-
-    def save(self, state: State, history: Sequence[Record]) -> None:
-        """Writes it, in one move: an interrupted run leaves the last one whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}.npz")
-        arrays: dict[str, Any] = {
-            f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))
-        }
-        about = json.dumps({"config": self.config, "history": list(history)})
-        np.savez(partial, about=about, **arrays)
-        partial.replace(self.path)
-
-    def load(self, like: State) -> tuple[State, list[Record]]:
-        """Returns state and history, the given state and no history if there is no file."""
-        if not self.path.exists():
-            return like, []
-        tree = jax.tree.structure(like)
-        with np.load(self.path) as file:
-            arrays = [file[f"leaf{i}"] for i in range(len(file.files) - 1)]
-            about = json.loads(str(file["about"]))
-        if about["config"] != self.config:
-            raise SystemExit(
-                f"expected the state of a run of {self.config} in {self.path}, got "
-                f"{about['config']}; drop --resume, or delete it"
-            )
-        history: list[Record] = about["history"]
-        return jax.tree.unflatten(tree, [jnp.asarray(a) for a in arrays]), history
-
-    def remove(self) -> None:
-        """Deletes the file of a run that is recorded."""
-        self.path.unlink(missing_ok=True)
-
-
 def train(
     options: Options,
     method: str,
@@ -423,7 +382,7 @@ def train(
     key = jax.random.key(seed)
     start = training.init(key)
     if weights is not None:
-        params, stats = load_encoder(start.params, start.stats, weights)
+        params, stats = load_encoder(start.params, start.stats, weights, "resnet50")
         start = start._replace(params=params, stats=stats)
     state, history = checkpoint.load(start)
     gradients = make_gradients(method, network, tasks, training.aggregator)

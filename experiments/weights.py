@@ -1,6 +1,5 @@
-"""Weights of torchvision's ResNet-50 from a local file, for PSPNet's encoder."""
+"""Weights of torchvision's ResNets from a local file."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 
 
 def read_safetensors(path: Path) -> Arrays:
-    """Returns the arrays of a safetensors file: the size of a header, the header in JSON, bytes.
+    """Returns the arrays of a safetensors file.
 
     Raises:
-      ValueError: The file is of another form, or holds numbers that NumPy has not (bfloat16).
+      ValueError: The file is of another form, or holds numbers that NumPy has not.
     """
-    data = path.read_bytes()
-    size = int.from_bytes(data[:8], "little")
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
-        header: dict[str, Any] = json.loads(data[8 : 8 + size])
-    except ValueError:
+        arrays: Arrays = load_file(path)
+    except (SafetensorError, TypeError, AttributeError) as error:  # the latter: unknown numbers
         raise ValueError(
-            f"expected a safetensors file in {path}, got no header in JSON; save it anew"
+            f"expected a safetensors file of numbers that NumPy has in {path}, got one that "
+            f"cannot be read ({error}); save it anew, in float32"
         ) from None
-    arrays = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _TYPES:
-            raise ValueError(
-                f"expected numbers of {', '.join(_TYPES)} in {path}, got {entry['dtype']} for "
-                f"{name}; convert it to F32"
-            )
-        begin, end = (8 + size + offset for offset in entry["data_offsets"])
-        array = np.frombuffer(data[begin:end], _TYPES[entry["dtype"]])
-        arrays[name] = array.reshape(entry["shape"])
     return arrays
 
 
@@ -80,7 +68,7 @@ _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "runn
 
 
 def _name_of(path: tuple[Any, ...]) -> str:
-    """Returns torchvision's name of a parameter or a statistic of `networks.ResNet`."""
+    """Returns torchvision's name of a parameter or a statistic of `resnet.ResNet`."""
     keys = [str(entry.key) for entry in path]
     *layers, last = keys
     if layers[-1] == "norm":
@@ -90,13 +78,14 @@ def _name_of(path: tuple[Any, ...]) -> str:
     return ".".join([*(layer.replace("_", ".") for layer in layers), suffix])
 
 
-def load_encoder(params: Any, stats: Any, arrays: Arrays) -> tuple[Any, Any]:
+def load_encoder(params: Any, stats: Any, arrays: Arrays, name: str) -> tuple[Any, Any]:
     """Returns parameters and statistics with those of the encoder replaced by weights of a file.
 
     Args:
-      params: Of `networks.PSPNet`.
+      params: Of a network with a `resnet.ResNet` as ``encoder``.
       stats: Its running averages.
       arrays: By torchvision's names; ``fc`` is not used.
+      name: Of the network that they have to be of, as torchvision calls it.
 
     Raises:
       ValueError: An array is missing or has another shape.
@@ -104,19 +93,19 @@ def load_encoder(params: Any, stats: Any, arrays: Arrays) -> tuple[Any, Any]:
 
     def filled(tree: Any) -> Any:
         def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-            name = _name_of(path)
-            if name not in arrays:
+            layer = _name_of(path)
+            if layer not in arrays:
                 raise ValueError(
-                    f"expected {name} among the weights of torchvision's resnet50, got "
+                    f"expected {layer} among the weights of torchvision's {name}, got "
                     f"{len(arrays)} others; use its state dict"
                 )
-            array = arrays[name]
+            array = arrays[layer]
             if array.ndim == 4:  # out, in, height, width
                 array = array.transpose(2, 3, 1, 0)
             if array.shape != x.shape:
                 raise ValueError(
-                    f"expected {name} of shape {x.shape} (height, width, in, out), got "
-                    f"{array.shape}; weights fit --width 64 and all levels only"
+                    f"expected {layer} of shape {x.shape} (height, width, in, out), got "
+                    f"{array.shape}; weights fit --width 64 and all layers only"
                 )
             return jnp.asarray(array, x.dtype)
 
