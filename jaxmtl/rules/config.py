@@ -64,9 +64,9 @@ def config(
 
     Returns:
       An `Aggregator` without inner state; with ``beta1`` one with a `ConFIGState`, whose
-      ``weighting`` is None. With the Jacobian at hand the problem is solved in
-      coordinates, by two products and two sums of m rows; with a Gramian alone by the normal equations, where
-      the condition of U counts squared.
+      ``weighting`` is None. With the Jacobian at hand the problem is solved in coordinates, by
+      two products and two sums of m rows; with a Gramian alone by the normal equations, where the
+      condition of U counts squared.
 
     Raises:
       ValueError: ``preference`` has a wrong shape or sign, a number lies outside its range, or
