@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import dataclasses
 import doctest
 import functools
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -227,3 +229,37 @@ def test_no_tool_relies_on_rank_promotion(module):
         failed, attempted = doctest.testmod(importlib.import_module(f"jaxmtl.{module}"))
     assert attempted
     assert not failed
+
+
+def held(root):
+    """Yields the paths to all arrays that functions hold, however deep."""
+    seen, stack = set(), [("", root)]
+    while stack:
+        path, x = stack.pop()
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        inner = {}
+        if isinstance(x, jax.Array):
+            yield path
+        elif isinstance(x, types.FunctionType):
+            cells = [cell.cell_contents for cell in x.__closure__ or ()]
+            inner = dict(zip(x.__code__.co_freevars, cells, strict=True))
+            inner |= dict(enumerate(x.__defaults__ or ())) | (x.__kwdefaults__ or {})
+        elif isinstance(x, functools.partial):
+            inner = {"function": x.func, "arguments": x.args, **x.keywords}
+        elif isinstance(x, dict):
+            inner = x
+        elif isinstance(x, tuple | list):
+            inner = dict(enumerate(x))
+        elif dataclasses.is_dataclass(x) and not isinstance(x, type):
+            inner = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+        stack += [(f"{path}/{key}", value) for key, value in inner.items()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_methods_hold_no_arrays_of_their_own(method):
+    """An array made at construction has the precision and the mesh of that place."""
+    one = jnp.ones(())
+    assert list(held(jaxmtl.from_weighting(lambda gramian: gramian[0] * one)))
+    assert not list(held(method.make(max(4, method.min_tasks))))

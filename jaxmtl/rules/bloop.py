@@ -89,11 +89,12 @@ def bloop(
     [2.  0.5]
     """
     checks.check_range("rate", rate, 0, 1, closed="right")
-    factors = jnp.asarray(scale)
-    if factors.ndim:
+    # No array is made here: it would belong to the precision and the mesh of this place.
+    count = jnp.size(scale) if jnp.ndim(scale) else None
+    if count is not None:
         length = None if num_tasks is None else num_tasks - 1
-        checks.check_vector("scale", factors, length, sign="any")
-        checks.check_range("the smallest scale", jnp.min(factors), 0)
+        checks.check_vector("scale", scale, length, sign="any")
+        checks.check_range("the smallest scale", jnp.min(jnp.asarray(scale)), 0)
     else:
         checks.check_range("scale", scale, 0)
 
@@ -104,7 +105,7 @@ def bloop(
     def aggregate(
         jacobian: Any, state: BloopState, task_mask: jax.Array, m: int
     ) -> tuple[Any, BloopState]:
-        checks.check_tasks(m, factors.size + 1 if factors.ndim else None, "scale")
+        checks.check_tasks(m, None if count is None else count + 1, "scale")
 
         def move(e: jax.Array, g: jax.Array) -> jax.Array:
             main = g[0].astype(e.dtype)
@@ -114,6 +115,7 @@ def bloop(
         mean = jax.tree.map(move, state.mean, jacobian)
         projected = project_off(jacobian, mean)
         present = task_mask[1:].astype(linalg.accumulation_dtype(jacobian))
+        factors = jnp.asarray(scale, present.dtype)
         weights = jnp.concatenate([jnp.zeros(1, present.dtype), factors * present])
         extra = linalg.combine(projected, weights)
         update = jax.tree.map(lambda g, x: g[0].astype(x.dtype) + x, jacobian, extra)

@@ -131,7 +131,6 @@ def gradvac(
     checks.check_choice("parts", parts, ("whole", "layer", "leaf"))
     checks.check_choice("reduction", reduction, ("sum", "mean"))
     m = num_tasks
-    step = jnp.zeros((), jnp.int32)
 
     def turned(
         gramian: jax.Array,
@@ -146,6 +145,9 @@ def gradvac(
         weights, target = turn(gramian, state.target, orders, beta, task_mask)
         weights = tasks.reduced(weights, task_mask, reduction)
         return weights, GradVacState(state.mtl_step + 1, target)
+
+    def start(*lead: int) -> GradVacState:
+        return GradVacState(jnp.zeros((), jnp.int32), jnp.zeros((*lead, m, m)))
 
     def weigh(
         gramian: jax.Array, state: GradVacState, task_mask: jax.Array, key: jax.Array | None
@@ -168,12 +170,10 @@ def gradvac(
         return jax.tree.unflatten(structure, update), state
 
     if parts == "whole":
-        return base.from_weighting(
-            weigh, init=lambda: GradVacState(step, jnp.zeros((m, m))), num_tasks=num_tasks
-        )
+        return base.from_weighting(weigh, init=start, num_tasks=num_tasks)
     return base.from_rows(
         aggregate,
-        init=lambda params: GradVacState(step, jnp.zeros((part_of_leaves(params, parts)[1], m, m))),
+        init=lambda params: start(part_of_leaves(params, parts)[1]),
         num_tasks=num_tasks,
     )
 

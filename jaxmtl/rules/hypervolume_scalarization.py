@@ -63,16 +63,17 @@ def hypervolume_scalarization(
     >>> print(weighting.update(None, weighting.init(), losses=jnp.array([0.5, 1.2]))[0])
     [0.  2.5]
     """
-    bounds = jnp.asarray(reference, jnp.result_type(float))
-    if bounds.ndim:
-        checks.check_vector("reference", bounds, num_tasks, sign="any")
+    count = jnp.size(reference) if jnp.ndim(reference) else None
+    if count is not None:
+        checks.check_vector("reference", reference, num_tasks, sign="any")
     else:
         checks.check_range("reference", reference, -jnp.inf, closed="neither")
 
     def weigh(
         losses: jax.Array, preference: jax.Array | None, task_mask: jax.Array, m: int
     ) -> jax.Array:
-        checks.check_tasks(m, bounds.size if bounds.ndim else None, "reference")
+        checks.check_tasks(m, count, "reference")
+        bounds = jnp.asarray(reference, losses.dtype)
         shares = tasks.shares(preference, task_mask, losses.dtype)
         norm = jnp.linalg.norm(shares)
         direction = shares / jnp.where(norm > 0, norm, 1)
@@ -80,7 +81,7 @@ def hypervolume_scalarization(
         power = jnp.sum(task_mask)
 
         def objective(values: jax.Array) -> jax.Array:
-            gaps = (bounds.astype(losses.dtype) - values) / jnp.where(counts, direction, 1)
+            gaps = (bounds - values) / jnp.where(counts, direction, 1)
             smallest = jnp.min(jnp.where(counts, gaps, jnp.inf))
             smallest = jnp.where(jnp.any(counts), smallest, 0)
             return -smallest * jnp.abs(smallest) ** (power - 1)

@@ -8,7 +8,7 @@ from jaxmtl import base, linalg
 from jaxmtl.learned import LearnedState, init_learned
 from jaxmtl.registry import method
 from jaxmtl.rules.imtl_g import equal_projections
-from jaxmtl.rules.learned_scale import default_optimizer, log_bound, step_log_scales
+from jaxmtl.rules.learned_scale import check_bound, default_optimizer, step_log_scales
 from jaxmtl.types import Aggregator
 
 
@@ -55,7 +55,7 @@ def imtl(
     [0.25 0.75]
     """
     stepper = default_optimizer() if optimizer is None else optimizer
-    highest = None if max_weight is None else log_bound(max_weight)
+    check_bound(max_weight)
 
     def init() -> LearnedState:
         return init_learned(stepper, jnp.zeros((num_tasks,)))
@@ -63,7 +63,7 @@ def imtl(
     def weigh(
         gramian: jax.Array, state: LearnedState, losses: jax.Array, task_mask: jax.Array
     ) -> tuple[jax.Array, LearnedState]:
-        scales, new = step_log_scales(stepper, losses, state, task_mask, highest)
+        scales, new = step_log_scales(stepper, losses, state, task_mask, max_weight)
         scales = scales.astype(gramian.dtype)
         # v does not depend on the unit of the scales: with the largest 1 nothing overflows.
         relative = jnp.exp(state.values - jnp.max(jnp.where(task_mask, state.values, -jnp.inf)))

@@ -78,7 +78,7 @@ def uncertainty_weighting(
     checks.check_tasks(len(kinds), num_tasks)
     factors = [0.5 if name == "regression" else 1.0 for name in kinds]
     stepper = default_optimizer() if optimizer is None else optimizer
-    lowest = None if max_weight is None else -log_bound(max_weight)
+    check_bound(max_weight)
 
     def init() -> LearnedState:
         return init_learned(stepper, jnp.full((num_tasks,), initial, jnp.result_type(float)))
@@ -89,14 +89,20 @@ def uncertainty_weighting(
         weights = jnp.asarray(factors, losses.dtype) * jnp.exp(-state.values)
         gradient = jnp.where(task_mask, 0.5 - weights * losses, 0)
         new = learn(stepper, gradient, state, task_mask)
+        lowest = None if max_weight is None else -log_bound(max_weight)
         return weights, bounded(new, low=lowest)
 
     return base.from_weighting(weigh, init=init, num_tasks=num_tasks)
 
 
+def check_bound(max_weight: float | jax.Array | None) -> None:
+    """Raises a ValueError unless a bound on a weight is positive."""
+    if max_weight is not None:
+        checks.check_range("max_weight", max_weight, 0, closed="right")
+
+
 def log_bound(max_weight: float | jax.Array) -> jax.Array:
-    """Returns the logarithm of a bound on a weight, after checking that it is positive."""
-    checks.check_range("max_weight", max_weight, 0, closed="right")
+    """Returns the logarithm of a bound on a weight."""
     return jnp.log(jnp.asarray(max_weight, jnp.result_type(float)))
 
 
@@ -112,11 +118,12 @@ def step_log_scales(
     losses: jax.Array,
     state: LearnedState,
     task_mask: jax.Array,
-    highest: jax.Array | None,
+    max_weight: float | jax.Array | None,
 ) -> tuple[jax.Array, LearnedState]:
     """Returns IMTL-L's weights ``exp(s)`` and the state after the step on ``exp(s) l - s``."""
     weights = jnp.exp(state.values)
     gradient = jnp.where(task_mask, weights * losses - 1, 0)
+    highest = None if max_weight is None else log_bound(max_weight)
     return weights, bounded(learn(optimizer, gradient, state, task_mask), high=highest)
 
 
@@ -164,12 +171,12 @@ def imtl_l(
     ['1.000', '0.990']
     """
     stepper = default_optimizer() if optimizer is None else optimizer
-    highest = None if max_weight is None else log_bound(max_weight)
+    check_bound(max_weight)
 
     def weigh(
         losses: jax.Array, state: LearnedState, task_mask: jax.Array
     ) -> tuple[jax.Array, LearnedState]:
-        return step_log_scales(stepper, losses, state, task_mask, highest)
+        return step_log_scales(stepper, losses, state, task_mask, max_weight)
 
     def init() -> LearnedState:
         return init_learned(stepper, jnp.zeros((num_tasks,)))

@@ -105,11 +105,10 @@ def pcd(
     """
     checks.check_range("beta", beta, 0, 1, closed="left")
     checks.check_range("eps", eps, 0)
-    shares = jnp.asarray(tau)
-    if shares.ndim:
-        checks.check_vector("tau", shares, num_tasks - 1, sign="any")
-        checks.check_range("the smallest tau", jnp.min(shares), 0, 1)
-        checks.check_range("the largest tau", jnp.max(shares), 0, 1)
+    if jnp.ndim(tau):
+        checks.check_vector("tau", tau, num_tasks - 1, sign="any")
+        checks.check_range("the smallest tau", jnp.min(jnp.asarray(tau)), 0, 1)
+        checks.check_range("the largest tau", jnp.max(jnp.asarray(tau)), 0, 1)
     else:
         checks.check_range("tau", tau, 0, 1)
 
@@ -130,8 +129,9 @@ def pcd(
         largest = jnp.max(lengths)
         lengths = lengths / jnp.where(largest > 0, largest, 1)
         secondary = usable & ~first
-        targets = jnp.concatenate([jnp.zeros(1, dtype), jnp.broadcast_to(shares, m - 1)])
-        targets = jnp.where(secondary, targets.astype(dtype) * lengths, 0)
+        shares = jnp.broadcast_to(jnp.asarray(tau, dtype), m - 1)
+        targets = jnp.concatenate([jnp.zeros(1, dtype), shares])
+        targets = jnp.where(secondary, targets * lengths, 0)
         infeasible = _infeasible(unit, targets, secondary)
         bound = targets - lengths[0] * unit[0]
         y, residual = solvers.nonneg_qp(
