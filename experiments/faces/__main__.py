@@ -121,7 +121,9 @@ study = Study(
     methods=(SINGLE, *METHODS),
     figures=("time.png",),
     plan=plan,
-    report=report,
+    report=lambda folder, args: report(
+        folder, None if args.timing else part_name(options_of(args))
+    ),
     claims=claims,
     options={
         "--data-dir": {"help": "CelebA's tree, or TFDS's folder; without it TFDS downloads"},

@@ -14,15 +14,14 @@ from rich.progress import track
 
 from experiments.images import cache_dir
 
-ATTRIBUTES = tuple(
-    """
+_NAMES = """
     5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
     Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
     Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
     Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
     Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
-    """.split()
-)
+    """
+ATTRIBUTES = tuple(_NAMES.split())
 PARTITIONS = ("train", "validation", "test")  # 0, 1, 2 in the official list
 SIZE = 64  # height and width to which images are resized
 ALIGNED = (178, 218)  # width and height of the aligned and cropped images

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxmtl
 from experiments.faces.data import ATTRIBUTES, SIZE
 from experiments.faces.methods import METHODS, Known
 from experiments.faces.train import (
@@ -26,7 +27,6 @@ from experiments.faces.train import (
     Model,
     Options,
     init_rule,
-    logged_weights,
     make_init,
     make_one_pass,
     make_passes,
@@ -116,8 +116,6 @@ def jacobian_program(options: Options) -> Jacobian:
         return rows
 
     if options.chunk_size is not None:
-        import jaxmtl
-
         losses = Model(network_of(options, M)).losses
         program = compiled(
             jaxmtl.value_and_jacobian(losses, has_aux=True, chunk_size=options.chunk_size), *args

@@ -142,8 +142,8 @@ def make_init(options: Options, m: int) -> Callable[[jax.Array], tuple[Params, S
 class Passes(NamedTuple):
     """One pass forward, and one backward for one cotangent of the losses, each compiled."""
 
-    forward: Callable[..., Any]  # (params, stats, batch, columns) -> (losses, statistics, pull)
-    backward: Callable[..., Any]  # (pull, (m,)) -> gradient
+    forward: Any  # (params, stats, batch, columns) -> (losses, statistics, pull)
+    backward: Any  # (pull, (m,)) -> gradient
 
 
 @cache
@@ -380,8 +380,8 @@ def evaluate(
     padded = np.arange(-(-size // b) * b).reshape(-1, b)
     total: Any = None
     for index, batch in zip(padded, read_ahead(faces, np.minimum(padded, size - 1)), strict=True):
-        found = jax.device_get(count_batch(state.params, state.stats, batch, columns, index < size))
-        found = jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+        counted = count_batch(state.params, state.stats, batch, columns, index < size)
+        found = jax.tree.map(lambda x: np.asarray(x, np.float64), counted)
         total = found if total is None else jax.tree.map(np.add, total, found)
     return f1_of(total), total.losses / size
 
@@ -389,7 +389,7 @@ def evaluate(
 def cosines(
     options: Options, state: State, batch: Batch, columns: np.ndarray
 ) -> tuple[float, float]:
-    """Returns mean and least cosine of the trunk's gradients by some tasks, always the same ones."""
+    """Returns mean and least cosine of the trunk's gradients, of tasks chosen once for all."""
     m = len(columns)
     chosen = np.random.default_rng(0).permutation(m)[:COMPARED]
     forward, backward = make_passes(options, m)
@@ -438,7 +438,9 @@ def columns_of(options: Options, task: int | None) -> np.ndarray:
     if task is not None:
         return np.array([task])
     columns = np.arange(options.num_tasks)
-    return columns if options.order is None else np.random.default_rng(options.order).permuted(columns)
+    if options.order is not None:
+        columns = np.random.default_rng(options.order).permutation(columns)
+    return columns
 
 
 def train(
