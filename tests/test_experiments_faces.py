@@ -154,15 +154,24 @@ def test_f1_is_that_of_scikit_learn_and_0_without_a_hit():
 # --- gradients and rules --------------------------------------------------------------------------
 
 
+FORTY = replace(SMOKE, num_tasks=40)
+
+
 @pytest.fixture(scope="module")
 def forty():
-    """Forty losses of a small network, and their rows, compiled once."""
-    options = replace(SMOKE, num_tasks=40)
-    split = made_up_split()
-    params, stats = train.make_init(options, 40)(jax.random.key(0))
-    batch = train.read(split.train, np.arange(16))
-    losses, new, rows = train.make_rows(options, 40)(params, stats, batch, np.arange(40))
-    return params, stats, batch, losses, new, rows
+    """Forty losses of a small network in float64, and their rows, compiled once."""
+    params, stats = train.make_init(FORTY, 40)(jax.random.key(0))
+    batch = train.read(made_up_split().train, np.arange(16))
+    rng = np.random.default_rng(0)
+
+    def shifted(path, x):  # biases of 0 are a kink for a channel that BatchNorm makes 0
+        noise = rng.uniform(0.1, 0.5, x.shape) if path[-1].key == "bias" else 0
+        return jnp.asarray(x, jnp.float64) + noise
+
+    with jax.enable_x64(True):
+        params = jax.tree.map_with_path(shifted, params)
+        losses, new, rows = train.make_rows(FORTY, 40)(params, stats, batch, np.arange(40))
+    return params, stats, batch, losses, new, jax.tree.map(np.asarray, rows)
 
 
 def test_rows_are_the_gradients_of_the_cross_entropies(forty):
@@ -181,57 +190,50 @@ def test_rows_are_the_gradients_of_the_cross_entropies(forty):
     )
     moved = new["shared"]["conv_norm_0"]["norm"]["mean"]
     np.testing.assert_allclose(moved, 0.1 * mean, rtol=1e-4, atol=1e-6)
-    # The slopes of the losses along a direction, by differences in float64.
+    # The slopes of the losses along a direction, by differences.
     rng = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
     with jax.enable_x64(True):
-        losses_of = train.compiled(SMOKE, train.Model(Network(40, SMOKE.width)).losses)
-        ahead, behind = (
-            np.asarray(
-                losses_of(
-                    jax.tree.map(
-                        lambda x, d, h=h: x.astype(jnp.float64) + h * d, params, direction
-                    ),
-                    stats,
-                    batch,
-                    np.arange(40),
-                )[0]
-            )
-            for h in (1e-6, -1e-6)
-        )
+
+        def losses_at(h):
+            moved = jax.tree.map(lambda x, d: x + h * d, params, direction)
+            forward = train.make_passes(FORTY, 40).forward
+            return np.asarray(forward(moved, stats, batch, np.arange(40))[0])
+
+        ahead, behind = losses_at(1e-6), losses_at(-1e-6)
     assert ahead.dtype == np.float64
-    slopes = flat(rows, (40,)).astype(np.float64) @ flat(direction)
-    np.testing.assert_allclose(slopes, (ahead - behind) / 2e-6, atol=1e-3 * np.abs(slopes).max())
-    np.testing.assert_allclose(losses, (ahead + behind) / 2, rtol=1e-4)
+    slopes = flat(rows, (40,)) @ flat(direction)
+    np.testing.assert_allclose(slopes, (ahead - behind) / 2e-6, atol=1e-5 * np.abs(slopes).max())
+    np.testing.assert_allclose(losses, (ahead + behind) / 2, rtol=1e-6)
 
 
-def test_every_method_takes_the_same_forty_rows(forty):
+@pytest.mark.parametrize("name", [n for n, entry in METHODS.items() if entry.route != "features"])
+def test_every_method_takes_the_same_forty_rows(forty, name):
     *_, losses, _, rows = forty
-    matrix = flat(rows["shared"], (40,))
-    rows, params = jnp.asarray(matrix), jnp.zeros(matrix.shape[1])  # one leaf: less to compile
-    for name, entry in METHODS.items():
-        if entry.route == "features":
-            continue
-        aggregator = entry.build(40, KNOWN)
-        update, state = aggregator.update(
-            rows,
-            aggregator.init(params),
-            params,
-            losses=losses,
-            key=jax.random.key(0),
-            previous_batch_losses=losses + 0.1,
+    matrix = flat(rows["shared"], (40,)).astype(np.float32)
+    losses = jnp.asarray(losses, jnp.float32)
+    aggregator = METHODS[name].build(40, KNOWN)
+
+    def update(rows, state, key):
+        return aggregator.update(
+            rows, state, rows[0], losses=losses, key=key, previous_batch_losses=losses + 0.1
         )
-        moved = np.asarray(update)
-        assert np.isfinite(moved).all(), name
-        assert moved.any(), name
-        span, *_ = np.linalg.lstsq(matrix.T.astype(np.float64), moved, rcond=1e-7)
-        np.testing.assert_allclose(matrix.T @ span, moved, atol=2e-3 * abs(moved).max())
-        if name in ("mgda", "nash_mtl", "imtl_g", "upgrad"):  # no loss rises
-            along = matrix @ moved
-            assert along.min() > -1e-2 * np.abs(along).max(), name
-        if (weights := train.logged_weights(state)) is not None and name != "aligned_mtl":
-            expected = np.asarray(weights) @ matrix
-            np.testing.assert_allclose(moved, expected, atol=1e-3 * abs(moved).max())
+
+    step = train.compiled(SMOKE, update)
+    state = aggregator.init(jnp.zeros(matrix.shape[1]))
+    for key in (0, 1):  # the first of MoCo is zero, as its tracked gradients are
+        moved, state = step(matrix, state, jax.random.key(key))
+    moved = np.asarray(moved)
+    assert np.isfinite(moved).all()
+    assert moved.any()
+    span, *_ = np.linalg.lstsq(matrix.T.astype(np.float64), moved, rcond=1e-7)
+    np.testing.assert_allclose(matrix.T @ span, moved, atol=2e-3 * abs(moved).max())
+    if name in ("mgda", "nash_mtl", "imtl_g", "upgrad"):  # no loss rises
+        along = matrix @ moved
+        assert along.min() > -1e-2 * np.abs(along).max()
+    if (weights := train.logged_weights(state)) is not None and name not in ("aligned_mtl", "moco"):
+        expected = np.asarray(weights) @ matrix
+        np.testing.assert_allclose(moved, expected, atol=1e-3 * abs(moved).max())
 
 
 def test_chunks_of_rows_are_the_same_rows(state):
@@ -365,13 +367,13 @@ def test_batches_hold_a_face_once_in_an_epoch():
 
 def test_the_study_runs_resumes_and_reports(tmp_path, capsys):
     start = ["--smoke", "--out", str(tmp_path)]
-    faces.study.main([*start, "--methods", "single_task", "linear_scalarization", "upgrad"])
+    faces.study.main([*start, "--methods", "single_task", "ldc_mtl", "upgrad"])
     text = capsys.readouterr().out
     path = tmp_path / "faces" / "made_up.jsonl"
     records = read_records(path)
     assert [(r["method"], r["task"]) for r in records] == [
         *(("single_task", i) for i in range(3)),
-        ("linear_scalarization", None),
+        ("ldc_mtl", None),
         ("upgrad", None),
     ]
     assert all(np.shape(r["history"]["test_f1"]) == (2, 1 if r["task"] is not None else 3)
@@ -648,7 +650,9 @@ def test_a_step_by_rows_is_the_jacobian_and_the_rule(tmp_path):
     assert table.rows[-1] == ["nash_mtl", "rows", "30.00", "3.00", "27.50", "9"]
     by_words = {claim.claim.split(" (")[0]: claim for claim in report.claims(tmp_path)}
     assert by_words["LDC-MTL's overhead over equal weights is negligible"].verdict == "reproduced"
-    assert by_words["Nash-MTL takes about 12 times as long as LDC-MTL"].ours == "28.6 times"
+    assert by_words["Nash-MTL takes about 12 times as long as LDC-MTL"].ours == (
+        "28.6 times, by operations 27.2"
+    )
     assert by_words["Nash-MTL takes about 12 times as long as LDC-MTL"].verdict == "not"
     without = [claim for claim in report.claims(tmp_path) if claim.verdict == NO_DATA]
     assert {claim.source for claim in without} == {
@@ -669,6 +673,7 @@ def test_without_the_jacobian_methods_by_rows_have_no_time(tmp_path):
     assert list(report.read_times(tmp_path)[0].steps) == ["ldc_mtl"]
 
 
+@pytest.mark.slow
 def test_operations_of_a_step_are_those_of_its_passes():
     """A gradient is a pass forward and two backward; a Jacobian of 40 tasks 1 and 80."""
     options = train.Options(width=4, batch_size=2)

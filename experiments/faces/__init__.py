@@ -15,8 +15,8 @@ epoch, 15 epochs; results are those of the epoch of the best mean F1 on the vali
 A method by rows combines the gradients of the trunk, and every head gets its own; methods of the
 losses alone take one weighted backward pass. UB forms take the gradients at the trunk's output.
 Running averages of BatchNorm are state that no gradient reaches. delta_m is measured against
-networks of one attribute each, ours where all 40 are recorded (``--methods single_task``), and
-those of the paper's code.
+networks of one attribute each, ours where all 40 are recorded, which come last, and those of the
+paper's code.
 
 CelebA has not been at hand: there is no result on faces yet. The times at 40 tasks are in
 ``results/faces/notes.md``.

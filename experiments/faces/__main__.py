@@ -15,8 +15,8 @@ from experiments.faces.timing import JACOBIAN, measure
 from experiments.faces.train import Options, train
 from experiments.study import Job, Part, Record, Results, Say, Study, config_of
 
-DEFAULT = (*PAPER, "upgrad", "aligned_mtl")
-SMOKE = (SINGLE, "linear_scalarization", "upgrad")
+DEFAULT = (*PAPER, "upgrad", "aligned_mtl", SINGLE)  # forty networks come last
+SMOKE = (SINGLE, "ldc_mtl", "upgrad")  # by losses and by rows
 SMALL: dict[str, Any] = {
     "epochs": 2,
     "batch_size": 16,
@@ -117,7 +117,7 @@ def plan(args: argparse.Namespace) -> Iterator[Part]:
 
 study = Study(
     name="faces",
-    commands=("--timing --out experiments/results",),
+    commands=("--timing --repeats 2 --out experiments/results",),
     methods=(SINGLE, *METHODS),
     figures=("time.png",),
     plan=plan,

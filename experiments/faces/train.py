@@ -107,7 +107,7 @@ class Model(NamedTuple):
         self, params: Params, z: jax.Array, stats: Stats, batch: Batch, columns: jax.Array
     ) -> tuple[jax.Array, Stats]:
         """Returns the losses (m,) from z, and the new statistics."""
-        # The encoder's statistics: its pass is that of ``encode``, once in the compiled program.
+        # A pass forward more: an encoder returns z alone, without the statistics.
         _, new = self._apply(params, stats, batch, "features")
         logits: Any = self.network.apply({"params": params}, z, method="predict")
         labels = jnp.asarray(batch.labels)[:, columns]
@@ -178,10 +178,10 @@ def make_rows(options: Options, m: int) -> Callable[..., Any]:
     """
     if options.chunk_size is None:
         passes = make_passes(options, m)
-        units = np.eye(m, dtype=np.float32)
 
         def one_by_one(params: Params, stats: Stats, batch: Batch, columns: jax.Array) -> Any:
             losses, new, pull = passes.forward(params, stats, batch, columns)
+            units = np.eye(m, dtype=losses.dtype)
             rows = [jax.block_until_ready(passes.backward(pull, unit)) for unit in units]
             return losses, new, stacked(rows)
 
