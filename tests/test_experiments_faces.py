@@ -778,7 +778,7 @@ def test_verdicts_on_faces_are_worked_out_by_hand(tmp_path):
     figure = tmp_path / "celeba.png"
     shown.figures["celeba.png"](figure)
     assert figure.stat().st_size > 10_000
-    assert "2 are better" not in shown.conclusion
+    assert "2 are better than single tasks" in shown.conclusion  # fairgrad by 0.1 %
     assert "ldc_mtl has the best mean F1" in shown.conclusion
 
 
