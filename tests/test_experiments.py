@@ -216,6 +216,7 @@ STUDIES = (
     "molecules",
     "domains",
     "metaworld",
+    "faces",
 )
 
 
