@@ -9,6 +9,7 @@ which for a single position is the elementwise product of two Gramians, whatever
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,11 @@ class Factors:
     compute: Callable[..., Any] | None = None
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array"],
+    meta_fields=["num_shared", "num_own", "is_lookup"],
+)
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """X or Y as an array ``(examples, *shared, *positions, *own)``, axes in the order of names."""
@@ -97,6 +103,9 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     return product(p.array, q.array, (own_p, own_q), (shared, shared), dtype)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x", "y", "choice"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Outer:
     """The gradients of examples as sums of outer products; ``choice`` is which slice each chose."""

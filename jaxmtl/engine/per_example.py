@@ -15,14 +15,16 @@ from jaxmtl.engine.factors import Outer
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan, describe, make_plan
 from jaxmtl.engine.primitives import rule_of
-from jaxmtl.engine.program import DATA, Use
+from jaxmtl.engine.program import DATA, Use, Value
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
+from jaxmtl.engine.small import Products, constants
 from jaxmtl.types import PyTree
 
 # Of one group: those of each leaf for "leaf rows", those of its value for "rows".
 Rows = dict[int, jax.Array]
 _OF_VALUE = -1
+Scaled = Callable[[jax.Array], jax.Array]
 
 
 @functools.partial(
@@ -69,15 +71,7 @@ class Pass:
 
     def group_rows(self, group: Group) -> Rows:
         """Returns the rows of a group that is not structured."""
-        env = self.env()
-        for use in group.uses:  # so that nothing is first computed inside a map
-            for v in use.ins:
-                if v.kind != DATA:
-                    execute.resolve(env, v)
-        totals: dict[Any, jax.Array] = {}
-        for use in group.uses:
-            for value, rows in zip(use.params, self._rows_of_use(env, use), strict=True):
-                totals[value] = totals[value] + rows if value in totals else rows
+        totals = self._rows_of_values(self.env(), group.uses)
         if group.method == "rows":
             return {_OF_VALUE: totals[group.values[0]]}
 
@@ -90,6 +84,18 @@ class Pass:
 
         found = jax.vmap(to_leaves)(list(totals.values()))
         return dict(zip(group.leaves, found, strict=True))
+
+    def _rows_of_values(self, env: execute.Env, uses: Sequence[Use]) -> dict[Any, jax.Array]:
+        """Returns the rows of the PARAM operands of some uses, by operand."""
+        for use in uses:  # so that nothing is first computed inside a map
+            for v in use.ins:
+                if v.kind != DATA:
+                    execute.resolve(env, v)
+        totals: dict[Any, jax.Array] = {}
+        for use in uses:
+            for value, rows in zip(use.params, self._rows_of_use(env, use), strict=True):
+                totals[value] = totals[value] + rows if value in totals else rows
+        return totals
 
     def _rows_of_use(self, env: execute.Env, use: Use) -> list[jax.Array]:
         """Returns per-example cotangents of the PARAM operands, ``(examples, *shape)`` each."""
@@ -116,10 +122,43 @@ class Pass:
             return [rule.gradients(use, residual[0], cotangents[0], summed=True)]
         return execute.pull(use, env, residual, cotangents, over_examples=True)
 
-    def factors(
-        self, part: Part, env: execute.Env, scaled: Callable[[jax.Array], jax.Array]
-    ) -> Outer:
-        """Returns X and Y of one part of a structured group, Y in another scale."""
+    def pieces(self, group: Group, scaled: Scaled, dtype: jnp.dtype) -> "Pieces":
+        """Returns what the gradients of a structured group are made of, in another scale."""
+        env, small = self.env(), group.small
+        if small is None:
+            return Pieces([self._outer(part, env, scaled) for part in group.parts], None)
+
+        def resolve(value: Value, known: dict[Value, jax.Array]) -> jax.Array:
+            return execute.resolve({**self.env(), **known}, value)
+
+        def known(part: Part, of_output: bool) -> tuple[jax.Array, jax.Array]:
+            use = part.use
+            if of_output:
+                after: Any = use.after
+                return self.residuals[after.index][0], scaled(self.cotangents[use.index][0])
+            before: Any = use.before
+            return self.residuals[use.index][0], scaled(self.cotangents[before.index][0])
+
+        of_values = self._rows_of_values(env, small.uses)
+        pulled = small.pull([of_values[v] for v in small.values], resolve)
+        rows = {v: scaled(x) for v, x in pulled.items()}
+        outers = [
+            self._outer_of_sum(part, rows[part.use.outs[0]], env)
+            if part.use in small.sums
+            else self._outer(part, env, scaled)
+            for part in group.parts
+        ]
+        products = small.products_of(rows, group.parts, outers, known, resolve, dtype)
+        return Pieces(outers, products)
+
+    def _outer_of_sum(self, part: Part, rows: jax.Array, env: execute.Env) -> Outer:
+        """Returns X, which examples share, and Y of a sum of a parameter times constants."""
+        x = constants(part, lambda value: execute.resolve(env, value))
+        x = jnp.broadcast_to(x, (rows.shape[0], *x.shape))
+        return Outer(*part.arrange(x, rows, lambda value: execute.resolve(env, value)))
+
+    def _outer(self, part: Part, env: execute.Env, scaled: Scaled) -> Outer:
+        """Returns X and Y of one part, Y in another scale."""
         use = part.use
         residual, cotangents = self.residuals[use.index], self.cotangents[use.index]
         if part.factors.compute is None:
@@ -135,49 +174,40 @@ class Pass:
         return Outer(*found, *choice)
 
 
-def _structured(
-    a: Pass, b: Pass, position: int, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    # Two passes have two programs of equal structure.
-    group, parts = a.plan.groups[position], b.plan.groups[position].parts
-    env = a.env()
-    left = [a.factors(part, env, scaled) for part in group.parts]
-    right = left if a is b else [b.factors(part, b.env(), scaled) for part in parts]
-    total = jnp.zeros((), dtype)
-    for (i, j), pairing in group.pairings.items():
-        block = factors.inner_products(left[i], right[j], pairing, dtype)
-        if i != j:
-            other = (
-                factors.inner_products(left[j], right[i], pairing, dtype) if a is not b else block.T
-            )
-            block = block + other
-        total = total + block
-    return total
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["outers", "products"], meta_fields=[]
+)
+@dataclasses.dataclass
+class Pieces:
+    """What the gradients of a structured group are made of, with a leading axis of examples."""
 
+    outers: list[Outer]
+    products: Products | None
 
-def _structured_squares(
-    done: Pass, group: Group, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """Returns the diagonal of what `_structured` returns, each example by itself."""
-    env = done.env()
-    found = [done.factors(part, env, scaled) for part in group.parts]
-
-    def one(arrays: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-        alone = [
-            factors.Outer(
-                dataclasses.replace(outer.x, array=x[None]),
-                dataclasses.replace(outer.y, array=y[None]),
-                None if choice is None else choice[None],
-            )
-            for outer, (x, y, choice) in zip(found, arrays, strict=True)
-        ]
+    def table(self, other: "Pieces", group: Group, dtype: jnp.dtype) -> jax.Array:
+        """Returns the inner products of the gradients of two passes, or of one with itself."""
         total = jnp.zeros((), dtype)
+        left, right = self.outers, other.outers
         for (i, j), pairing in group.pairings.items():
-            product = factors.inner_products(alone[i], alone[j], pairing, dtype)[0, 0]
-            total = total + product * (1 if i == j else 2)
+            block = factors.inner_products(left[i], right[j], pairing, dtype)
+            if i != j and self is other:
+                block = block + block.T
+            elif i != j:
+                block = block + factors.inner_products(left[j], right[i], pairing, dtype)
+            total = total + block
+        if self.products is not None and other.products is not None:
+            total = total + self.products.table(other.products, dtype)
         return total
 
-    squares = jax.vmap(one)([(outer.x.array, outer.y.array, outer.choice) for outer in found])
+
+def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype, scaled: Scaled) -> jax.Array:
+    """Returns the squared norms of the gradients of a structured group, each by itself."""
+
+    def one(pieces: Pieces) -> jax.Array:
+        alone = jax.tree.map(lambda x: x[None], pieces)
+        return alone.table(alone, group, dtype)[0, 0]
+
+    squares = jax.vmap(one)(done.pieces(group, scaled, dtype))
     return jnp.maximum(squares, 0)  # over several positions the sum can round to below zero
 
 
@@ -355,12 +385,15 @@ class PerExample:
             if not a.plan.counts(group):
                 continue
             if group.method == "factors":
-                total = total + _structured(a, b, i, dtype, scaled)
+                mine = a.pieces(group, scaled, dtype)
+                # Two passes have two programs of equal structure.
+                others = mine if a is b else b.pieces(b.plan.groups[i], scaled, dtype)
+                total = total + mine.table(others, group, dtype)
                 continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
-                    others = other._rows()[i][leaf]
-                    total = total + linalg.row_products(scaled(rows), scaled(others), dtype)
+                    theirs = other._rows()[i][leaf]
+                    total = total + linalg.row_products(scaled(rows), scaled(theirs), dtype)
         for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
             if counts:
                 x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
