@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxmtl.engine import execute, factors
 from jaxmtl.engine.build import build
 from jaxmtl.engine.factors import Outer
 from jaxmtl.engine.paths import Part
-from jaxmtl.engine.plan import Group, Plan, describe, make_plan
+from jaxmtl.engine.plan import Group, Plan, describe, make_plan, take_rows_in_remat
 from jaxmtl.engine.primitives import rule_of
 from jaxmtl.engine.program import DATA, Use, Value
 from jaxmtl.engine.prune import prune
@@ -227,6 +228,7 @@ def _forward_backward(
     mapped: list[jax.Array],
     in_gramian: Sequence[bool],
     diagonal: bool,
+    needs_gramian: bool,
 ) -> tuple[jax.Array, Any, Pass]:
     """Evaluates all examples and pulls their losses back to the outputs of all uses.
 
@@ -237,6 +239,7 @@ def _forward_backward(
       mapped: The other inputs, stacked.
       in_gramian: For each leaf, whether it is part of the Gramian.
       diagonal: Whether norms alone are wanted.
+      needs_gramian: Whether rows will be formed.
 
     Returns:
       The ``(m,)`` losses, aux with a leading axis of examples, and the `Pass`.
@@ -244,11 +247,15 @@ def _forward_backward(
     # What is static about a traced example leaves the map through this list: a jaxpr is no output
     # of a mapped function, and outside the map there is no example to trace it with.
     traced: list[Any] = []
+    count = jax.tree.leaves((own, mapped))[0].shape[0]
 
     def one_example(own: list[jax.Array], mapped: list[jax.Array]) -> Any:
         closed, shapes = jax.make_jaxpr(fun, return_shape=True)(leaves, own, mapped)
         program = prune(build(closed, len(leaves)))
-        traced.extend([program, closed.consts, shapes])
+        plan = make_plan(program, in_gramian, count * math.prod(shapes[0].shape), diagonal)
+        if needs_gramian:
+            take_rows_in_remat(plan)
+        traced.extend([plan, closed.consts, shapes])
         env = execute.shared_env(program, leaves, list(map(jnp.asarray, closed.consts)))
         taps = [
             [jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding) for s in tap]
@@ -268,14 +275,13 @@ def _forward_backward(
         return value, aux, residuals, *of_units
 
     losses, aux, residuals, cotangents, of_own = jax.vmap(one_example)(own, mapped)
-    program, constants, (loss_shape, aux_shapes) = traced
+    plan, constants, (loss_shape, aux_shapes) = traced
     if loss_shape.shape:
         losses, residuals, cotangents = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), (losses, residuals, cotangents)
         )
     else:
         of_own = [x[:, None] for x in of_own]
-    plan = make_plan(program, in_gramian, losses.shape[0], diagonal)
     done = Pass(plan, leaves, list(map(jnp.asarray, constants)), residuals, cotangents, of_own, {})
     return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
 
@@ -309,7 +315,7 @@ class PerExample:
             return losses, aux
 
         self.losses, self.aux, self._pass = _forward_backward(
-            one_example, common, own, examples.mapped, in_gramian, diagonal
+            one_example, common, own, examples.mapped, in_gramian, diagonal, needs_gramian
         )
         self._rows = functools.cache(self._pass.rows)
         self._params, self._examples = params, examples

@@ -11,7 +11,7 @@ from jaxmtl.engine import paths
 from jaxmtl.engine.factors import Factors
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.primitives import rule_of
-from jaxmtl.engine.program import Program, Use, Value
+from jaxmtl.engine.program import Program, Scan, Use, Value
 from jaxmtl.engine.small import Small
 from jaxmtl.engine.structure import Structure, structure_of
 from jaxmtl.engine.views import Views
@@ -101,6 +101,27 @@ def make_plan(
     return Plan(program, groups, tuple(in_gramian))
 
 
+def take_rows_in_remat(plan: Plan) -> None:
+    """Lets the backward pass itself form rows that are kept, in the body of a scan with remat.
+
+    What they are made of, inputs and cotangents of all steps, is then never stored.
+    """
+    uses = plan.program.uses
+    again = {use for scan in _scans(plan.program.steps) if scan.remat for use in scan.uses}
+    again -= {other for use in uses for other in (use.before, use.after) if other is not None}
+    for group in plan.groups:
+        size = sum(math.prod(v.shape) for v in group.values)
+        # Rows of all steps exist twice: as they are stacked, and with the examples first.
+        if group.keep and again.issuperset(group.uses) and 2 * size < _num_sources(group.uses):
+            for use in group.uses:
+                use.probed = True
+
+
+def _scans(steps: Sequence[Any]) -> list[Scan]:
+    found = [step for step in steps if isinstance(step, Scan)]
+    return [*found, *(inner for scan in found for inner in _scans(scan.steps))]
+
+
 def group_uses(program: Program, views: Views) -> list[Group]:
     """Groups the uses that may touch the same entry of a parameter."""
     values = list(dict.fromkeys(v for use in program.uses for v in use.params))
@@ -144,11 +165,7 @@ def _choose(
     alone = len(group.values) == 1
     names = ", ".join(dict.fromkeys(use.name for use in group.uses))
     mixed = len({in_gramian[leaf] for leaf in group.leaves}) > 1
-    sources = sum(
-        math.prod(loop.length for loop in use.loops) * math.prod(v.aval.shape)
-        for use in group.uses
-        for v in (*use.data, *use.outs)
-    )
+    sources = _num_sources(group.uses)
     if alone and seen[0] is not None and not mixed:
         group.method, leaf_size = "rows", math.prod(group.values[0].shape)
     group.keep = leaf_size <= _KEEP_ROWS * sources
@@ -182,6 +199,15 @@ def _choose(
                 group.reason = known_rows[0]
     if mixed and group.method != "factors":
         group.reason = f"used together with a parameter that is not shared, by {names}"
+
+
+def _num_sources(uses: Sequence[Use]) -> int:
+    """Returns the number of entries that the gradient of an example is made of."""
+    return sum(
+        math.prod(loop.length for loop in use.loops) * math.prod(v.aval.shape)
+        for use in uses
+        for v in (*use.data, *use.outs)
+    )
 
 
 def _why_not(
