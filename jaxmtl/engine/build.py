@@ -273,10 +273,10 @@ class _Builder:
         debug_info: Any = None,
     ) -> tuple[Value, ...]:
         kinds = {v.kind for v in ins}
-        if name == "dot_general" and not loops and self.is_product_with_chosen(ins):
+        if name == "dot_general" and self.is_product_with_chosen(ins):
             fun, ins, inner, side = self.product_with_chosen(fun, ins)
             product = (Value(avals[0], DATA),)
-            use = Use(fun, ins, product, experts.NAME, eqn, len(self.uses), (), (0,))
+            use = Use(fun, ins, product, experts.NAME, eqn, len(self.uses), loops, (0,))
             use.inner, use.side = inner, side
             self.uses.append(use)
             steps.append(use)

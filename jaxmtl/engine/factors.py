@@ -108,7 +108,13 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
 )
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """The gradients of examples as sums of outer products; ``choice`` is which slice each chose."""
+    """The gradients of examples as sums of outer products.
+
+    Attributes:
+      x: The first factors.
+      y: The second.
+      choice: Which slice each chose, ``(examples, *the first positions)``.
+    """
 
     x: Factor
     y: Factor
@@ -121,12 +127,16 @@ def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Ar
     table = contract(a.x, x, dtype) * contract(a.y, y, dtype)
     num_shared = a.x.num_shared
     split = a.x.array.ndim - a.x.num_own  # = the second axis of examples
+    if a.choice is not None and b.choice is not None:
+        first, second = whole(a.choice), whole(b.choice)
+        # Units for the positions of which all have one choice.
+        first = first.reshape(*first.shape, *(1,) * (split - num_shared - first.ndim))
+        rest = table.ndim - split - second.ndim
+        first = first.reshape(*first.shape, *(1,) * (table.ndim - split))
+        second = second.reshape(*second.shape, *(1,) * rest)
+        table = jnp.where((first == second) & (first >= 0), table, 0)
     axes = [i for i in range(table.ndim) if i not in (num_shared, split)]
-    block = jnp.sum(table, axis=axes) if axes else table
-    if a.choice is None or b.choice is None:
-        return block
-    first, second = whole(a.choice)[:, None], whole(b.choice)[None, :]
-    return jnp.where((first == second) & (first >= 0), block, 0)
+    return jnp.sum(table, axis=axes) if axes else table
 
 
 Scaled = Callable[[jax.Array, int, int], jax.Array]

@@ -168,8 +168,10 @@ class Pass:
         else:
             known = {v: execute.resolve(env, v) for v in use.ins if v.kind != DATA}
             known.update(zip(use.data, residual, strict=True))
-            axes = [0 if v.kind == DATA else None for v in use.ins] + [0] * len(cotangents)
-            mapped = jax.vmap(part.factors.compute, in_axes=axes)
+            mapped = part.factors.compute
+            for loop in reversed((None, *use.loops)):  # over examples, then over the steps of each
+                axes = [0 if v.kind == DATA or loop in v.loops else None for v in use.ins]
+                mapped = jax.vmap(mapped, in_axes=axes + [0] * len(cotangents))
             x, y, *choice = mapped(*(known[v] for v in use.ins), *cotangents)
         found = part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
         return Outer(*found, *choice)
