@@ -303,7 +303,7 @@ def _measure(group: Group, program: Program, n: int, diagonal: bool) -> None:
         group.operations = sum(operations for _, operations in found)
         if group.small is not None:
             group.operations += group.small.operations(group.parts, n, products)
-        group.memory = 2 * max(entries for entries, _ in found) * max(bits, 32) // 8
+        group.memory = 2 * max((n for n, _ in found), default=0) * max(bits, 32) // 8
         return
     rows = [v.aval for v in (program.leaves[leaf] for leaf in group.leaves)]
     sizes = [math.prod(aval.shape) for aval in rows]
