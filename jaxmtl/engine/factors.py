@@ -129,11 +129,11 @@ def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Ar
     split = a.x.array.ndim - a.x.num_own  # = the second axis of examples
     if a.choice is not None and b.choice is not None:
         first, second = whole(a.choice), whole(b.choice)
-        # Units for the positions of which all have one choice.
-        first = first.reshape(*first.shape, *(1,) * (split - num_shared - first.ndim))
-        rest = table.ndim - split - second.ndim
-        first = first.reshape(*first.shape, *(1,) * (table.ndim - split))
-        second = second.reshape(*second.shape, *(1,) * rest)
+        # Units for shared axes, for positions of which all have one choice, and for the other side.
+        units, rest = split - num_shared - first.ndim, table.ndim - split - second.ndim
+        before, after = (1,) * num_shared, (1,) * (table.ndim - split)
+        first = first.reshape(*before, *first.shape, *(1,) * units, *after)
+        second = second.reshape(*(1,) * split, *second.shape, *(1,) * rest)
         table = jnp.where((first == second) & (first >= 0), table, 0)
     axes = [i for i in range(table.ndim) if i not in (num_shared, split)]
     return jnp.sum(table, axis=axes) if axes else table
