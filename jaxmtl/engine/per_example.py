@@ -16,7 +16,7 @@ from jaxmtl.engine.factors import Outer
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.plan import Group, Plan, describe, make_plan, take_rows_in_remat
 from jaxmtl.engine.primitives import rule_of
-from jaxmtl.engine.program import DATA, Use, Value
+from jaxmtl.engine.program import DATA, PARAM, Use, Value
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
 from jaxmtl.engine.small import Products, constants
@@ -67,7 +67,7 @@ class Pass:
         return {
             i: self.group_rows(group)
             for i, group in enumerate(plan.groups)
-            if group.method != "factors" and plan.counts(group)
+            if group.method != "factors" and plan.counts(group) and not group.steps
         }
 
     def group_rows(self, group: Group) -> Rows:
@@ -85,6 +85,70 @@ class Pass:
 
         found = jax.vmap(to_leaves)(list(totals.values()))
         return dict(zip(group.leaves, found, strict=True))
+
+    def sum_over_steps(
+        self,
+        other: "Pass",
+        position: int,
+        product: Callable[[jax.Array, jax.Array], jax.Array],
+        like: jax.Array,
+    ) -> jax.Array:
+        """Returns the sum of a product of rows, which are formed some steps of a scan at a time.
+
+        Args:
+          other: Another pass, or the same.
+          position: Of the group in both plans.
+          product: Of rows of one parameter and those of the other pass.
+          like: Zeros of the shape of the sum.
+        """
+        groups = self.plan.groups[position], other.plan.groups[position]
+        group = groups[0]
+
+        def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+            mine = self._rows_of_steps(group, start)
+            theirs = mine if self is other else other._rows_of_steps(groups[1], start)
+            for leaf, rows in mine.items():
+                if self.plan.in_gramian[leaf]:
+                    total = total + product(rows, theirs[leaf])
+            return total, None
+
+        starts = jnp.arange(0, group.uses[0].loops[0].length, group.steps)
+        return jax.lax.scan(step, like, starts)[0]
+
+    def _rows_of_steps(self, group: Group, start: jax.Array) -> Rows:
+        """Returns the rows of the entries of leaves that belong to some steps of a scan."""
+
+        def cut(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, group.steps, axis)
+
+        of_uses = {use.index for use in group.uses}
+        some = dataclasses.replace(
+            self,
+            residuals=[
+                tuple(cut(x, 1) for x in arrays) if i in of_uses else arrays
+                for i, arrays in enumerate(self.residuals)
+            ],
+            cotangents=[
+                [cut(x, 1) for x in arrays] if i in of_uses else arrays
+                for i, arrays in enumerate(self.cotangents)
+            ],
+        )
+        whole = self.env()
+        slices = {v: cut(execute.resolve(whole, v), 0) for v in group.roots}
+        totals = some._rows_of_values({**self.env(), **slices}, group.uses)
+        inputs = [v for v in group.roots if v.kind == PARAM]
+
+        def of_inputs(arrays: list[jax.Array]) -> list[jax.Array]:
+            env = {**self.env(), **slices, **dict(zip(inputs, arrays, strict=True))}
+            return [execute.resolve(env, v) for v in totals]
+
+        _, pull = jax.vjp(of_inputs, [slices[v] for v in inputs])
+        pulled = jax.vmap(lambda rows: pull(rows)[0])(list(totals.values()))
+        found: Rows = {}
+        for v, rows in zip(inputs, pulled, strict=True):
+            leaf: Any = v.origin.leaf  # type: ignore[union-attr]
+            found[leaf] = found[leaf] + rows if leaf in found else rows
+        return found
 
     def _rows_of_values(self, env: execute.Env, uses: Sequence[Use]) -> dict[Any, jax.Array]:
         """Returns the rows of the PARAM operands of some uses, by operand."""
@@ -357,6 +421,9 @@ class PerExample:
             if group.method == "factors":
                 total = total + _structured_squares(done, group, dtype, scaled)
                 continue
+            if group.steps:
+                total = done.sum_over_steps(done, i, lambda x, _: squares(x), total)
+                continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
                     total = total + squares(rows)
@@ -388,6 +455,9 @@ class PerExample:
         def scaled(rows: jax.Array) -> jax.Array:
             return rows if exponent is None else linalg.scale_rows(rows, exponent, dtype)
 
+        def products(x: jax.Array, y: jax.Array) -> jax.Array:
+            return linalg.row_products(scaled(x), scaled(y), dtype)
+
         total = jnp.zeros((self.losses.shape[0], other.losses.shape[0]), dtype)
         for i, group in enumerate(a.plan.groups):
             if not a.plan.counts(group):
@@ -398,10 +468,13 @@ class PerExample:
                 others = mine if a is b else b.pieces(b.plan.groups[i], scaled, dtype)
                 total = total + mine.table(others, group, dtype)
                 continue
+            if group.steps:
+                total = a.sum_over_steps(b, i, products, total)
+                continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
                     theirs = other._rows()[i][leaf]
-                    total = total + linalg.row_products(scaled(rows), scaled(theirs), dtype)
+                    total = total + products(rows, theirs)
         for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
             if counts:
                 x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))

@@ -11,7 +11,7 @@ from jaxmtl.engine import paths
 from jaxmtl.engine.factors import Factors
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.primitives import rule_of
-from jaxmtl.engine.program import Program, Scan, Use, Value
+from jaxmtl.engine.program import DATA, PARAM, Program, Scan, Use, Value
 from jaxmtl.engine.small import Small
 from jaxmtl.engine.structure import Structure, structure_of
 from jaxmtl.engine.views import Views
@@ -49,6 +49,9 @@ class Group:
       reason: Why, in words.
       operations: Of the products of its part of the Gramian.
       memory: Bytes of what these are products of: of rows, or of the tables of inner products.
+      roots: For rows that are formed some steps of a scan at a time, the arrays of one entry per
+        step behind its values, and those that stand beside them.
+      steps: How many steps at a time; 0 for all.
       chunk_size: For tasks on one batch, how many rows exist at a time, which are pushed forward
         again; 0 where all rows are compared.
     """
@@ -65,6 +68,8 @@ class Group:
     reason: str = ""
     operations: int = 0
     memory: int = 0
+    roots: tuple[Value, ...] = ()
+    steps: int = 0
     chunk_size: int = 0
 
 
@@ -94,11 +99,53 @@ def make_plan(
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
         _choose(group, views, (num_examples, diagonal), leaf_size, in_gramian)
         if any(in_gramian[leaf] for leaf in group.leaves):
+            _cut(group)
             _measure(group, program, num_examples, diagonal)
         else:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
     return Plan(program, groups, tuple(in_gramian))
+
+
+def _cut(group: Group) -> None:
+    """Lets rows of stacked layers that are not kept be formed some layers at a time."""
+    found = None if group.keep or group.method == "factors" else _roots(group)
+    if found is None:
+        return
+    length = group.uses[0].loops[0].length
+    size = sum(math.prod(v.shape) for v in found if v.kind == PARAM)
+    most = max(_KEEP_ROWS * _num_sources(group.uses) * length // size, 1)
+    group.roots = tuple(found)
+    group.steps = max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
+    group.reason += f"; {group.steps} of {length} steps at a time"
+
+
+def _roots(group: Group) -> list[Value] | None:
+    """Returns the slices of a scan that a group is made of, None where leaves are used whole."""
+    loops = {use.loops[:1] for use in group.uses}
+    if len(loops) > 1 or () in loops or any(use.probed for use in group.uses):
+        return None
+    (loop,) = loops
+    roots: list[Value] = []
+    stack = [v for use in group.uses for v in use.ins if v.kind != DATA]
+    seen: set[Value] = set()
+    while stack:
+        v = stack.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v.loops[:1] != loop:
+            if v.loops or v.kind == PARAM:
+                return None
+        elif not isinstance(v.origin, Value):
+            stack.extend(() if v.origin is None else v.origin[0].ins)
+        elif v.loops != loop:
+            stack.append(v.origin)
+        elif v.kind == PARAM and v.origin.leaf is None:
+            return None
+        else:
+            roots.append(v)
+    return roots
 
 
 def take_rows_in_remat(plan: Plan) -> None:
@@ -309,9 +356,10 @@ def _measure(group: Group, program: Program, n: int, diagonal: bool) -> None:
     sizes = [math.prod(aval.shape) for aval in rows]
     if group.method == "rows":
         sizes, rows = [math.prod(group.values[0].shape)], [group.values[0].aval]
+    num_chunks = group.uses[0].loops[0].length // group.steps if group.steps else 1
     group.operations = 2 * products * sum(sizes)
     group.memory = sum(
-        n * size * aval.dtype.itemsize for size, aval in zip(sizes, rows, strict=True)
+        n * size * aval.dtype.itemsize // num_chunks for size, aval in zip(sizes, rows, strict=True)
     )
 
 
