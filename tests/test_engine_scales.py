@@ -373,3 +373,46 @@ def test_kept_rows_in_a_scan_with_remat_need_no_inputs_and_cotangents(x64):
     assert memory(step) <= 1.5 * memory(sgd) + 2 * rows
     compare(loss, params, (x[:3, :8],))
     compare(loss, params, (x[:3],))
+
+
+def test_rows_of_stacked_layers_are_formed_some_at_a_time(x64):
+    """Masked weights have rows; those of one layer exist beside what a gradient needs."""
+    width, depth, n = 32, 6, 16
+    params = {"w": normal(1, depth, width, width), "c": normal(2, depth, width, width)}
+    params["b"] = normal(3, width)
+
+    def loss(p, x):
+        def layer(h, weights):
+            w, c = weights
+            masked = w * jnp.tri(width) + jnp.sin(c) * w.T + lax.stop_gradient(c)
+            return jnp.tanh(h @ masked + p["b"]), None
+
+        return jnp.sum(lax.scan(layer, x, (p["w"], p["c"]), reverse=True)[0] ** 2)
+
+    x, in_axes = normal(4, n, width), (None, 0)
+    text = explain(loss, params, x, in_axes=in_axes)
+    assert text.count("1 of 6 steps at a time") == 2
+    compare(loss, params, (x[:3],))
+
+    def of_norms(params, x):
+        return per_example_norms(loss, in_axes=in_axes)(params, x)[1]
+
+    def step(params, x):
+        _, gramian, pullback = value_and_gramian(loss, in_axes=in_axes)(params, x)
+        return gramian, pullback(jnp.diagonal(gramian))
+
+    def gradients(params, x):
+        return jax.vmap(jax.grad(loss), in_axes)(params, x)
+
+    rows = flat_rows(jax.jit(gradients)(params, x[:3]))
+    norms = jax.jit(of_norms)(params, x[:3])
+    np.testing.assert_allclose(norms, np.linalg.norm(rows, axis=1), rtol=1e-11)
+
+    def memory(fun):
+        return jax.jit(fun).lower(params, x).compile().memory_analysis().temp_size_in_bytes
+
+    def sgd(params, x):
+        return jax.grad(lambda p: jnp.sum(jax.vmap(loss, in_axes)(p, x)))(params)
+
+    of_layer = n * 8 * 2 * width**2
+    assert memory(step) <= 1.5 * memory(sgd) + 2.5 * of_layer
