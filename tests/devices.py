@@ -583,6 +583,32 @@ def job_plan(place, route, size):
     return found
 
 
+def job_tasks(place, _, size):
+    """How many numbers tasks send without the Jacobian, by layers and gradient after gradient."""
+    m, width = 8, 64
+    mesh = mesh_of(LAYOUTS["data"], "auto")
+    split = NamedSharding(mesh, P("data"))
+
+    def losses_fn(params, x):
+        for w in params["layers"]:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(jnp.einsum("bd,mdk->mbk", x, params["heads"]) ** 2, (1, 2))
+
+    def step(chunk_size, params, x):
+        fun = jaxmtl.value_and_gramian(losses_fn, chunk_size=chunk_size)
+        _, gramian, pullback = fun(params, x)
+        return pullback(jnp.sum(gramian, axis=1))
+
+    params = {"layers": [jnp.eye(width)] * 3, "heads": jnp.ones((m, width, 4))}
+    where = NamedSharding(mesh, P()) if place == "replicated" else split
+    params, x = jax.device_put(params, where), jax.device_put(jnp.ones((int(size), width)), split)
+    found = {}
+    for name, chunk_size in {"layers": None, "gradients": 1}.items():
+        sent = collectives(compiled(functools.partial(step, chunk_size), params, x))
+        found[name] = sum(int(kind.split(":")[1]) * n for kind, n in sent.items())
+    return found
+
+
 def job_readme(*_):
     """Runs the listing of the guide to devices, and its step on one device."""
     text = (Path(__file__).parents[1] / "notebooks" / "guide" / "devices.md").read_text()
@@ -650,6 +676,7 @@ JOBS = {
     "examples": job_examples,
     "separate": job_separate,
     "plan": job_plan,
+    "tasks": job_tasks,
     "readme": job_readme,
     "lookup": job_lookup,
     "traces": job_traces,

@@ -48,8 +48,9 @@ GRADIENTS = ("gradient:fsdp:explicit:", "gradient:both:auto:")
 EXAMPLES = ("examples:fsdp:explicit:", "examples:both:explicit:")
 SEPARATE = ("separate:fsdp:explicit:", "separate:both:auto:")
 PLANS = tuple(f"plan:{place}:{route}:64" for place in devices.PLACES for route in devices.ROUTES)
+TASKS = tuple(f"tasks:{place}::{size}" for place in devices.PLACES for size in (16, 128))
 TRACES = ("traces:fsdp:explicit:", "traces:both:explicit:")
-QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *SEPARATE, *PLANS, *TRACES, "readme:::", "lookup:::")
+QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *SEPARATE, *PLANS, *TASKS, *TRACES, "readme:::", "lookup:::")
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -177,6 +178,14 @@ def test_the_plan_is_what_the_compiler_sends_and_holds(place, route):
 
 def large_rows(collectives):
     return {kind: n for kind, n in collectives.items() if int(kind.split(":")[1]) > 64}
+
+
+@pytest.mark.parametrize("place", devices.PLACES)
+def test_tasks_on_automatic_axes_send_as_the_guide_says(place):
+    """Cotangents at layers, which grow with the batch, in place of gradients, which do not."""
+    small, large = (quick()[f"tasks:{place}::{size}"] for size in (16, 128))
+    assert small["layers"] < 0.6 * small["gradients"]
+    assert large["layers"] <= {"replicated": 1, "sharded": 1.5}[place] * large["gradients"]
 
 
 def test_listing_of_the_guide_runs_and_its_table_is_the_plan():

@@ -65,6 +65,11 @@ MATRIX = {
     "merged": lambda h, w: h @ (w[:, :2] @ w[2:, :] + w),
     "product": lambda h, w: h @ (w @ jnp.tri(D)) + h @ (w @ w),
     "chosen": lambda h, w: h @ (w * w[0]) + w[jnp.argmax(h[0])],
+    "scaled": lambda h, w: h @ (w * jnp.exp(w[:1])) + h @ (jnp.sin(w[0, 0]) * w.T),
+    "normalized": lambda h, w: h @ (w / jnp.sqrt(jnp.sum(w**2, 0) + 1)),
+    "rows": lambda h, w: h @ (2 * w / (1 + jnp.max(jnp.abs(w), 1, keepdims=True))) + h @ w.T,
+    "sigma": lambda h, w: h @ (w.T / (2 + jnp.cos(jnp.ones(D) @ w @ jnp.arange(D)))),
+    "sums": lambda h, w: h @ (w * jax.nn.sigmoid(jnp.mean(w, 1)) / (1 + jnp.sum(w * w))),
     "column": lambda h, w: h + w[:, jnp.argmax(h[0])],
 }
 VECTOR = {
@@ -76,6 +81,17 @@ VECTOR = {
     "half": lambda h, v: h.at[:, :2].add(v[2:]),
     "row": lambda h, v: jnp.concatenate([v[None], h[1:]]),
     "outer": lambda h, v: h + jnp.outer(h[:, 0], v),
+}
+BOTH = {
+    "magnitudes": lambda h, w, v: h @ (v * w / jnp.sqrt(jnp.sum(w * w, 0) + 1)),
+    "of inputs": lambda h, w, v: h @ (w.T * (v / (1 + jnp.sum(w.T**2, 1)))[:, None]),
+    "scalar": lambda h, w, v: h @ (jnp.tanh(v[0]) * w) * v,
+    "tied": lambda h, w, v: h @ (w * v[0] / (1 + jnp.sum(w**2))) @ w.T + v,
+    "of steps": lambda h, w, v: lax.scan(
+        lambda h, u: (jnp.tanh(h @ (u * v / (1 + jnp.sum(u**2, 0))) + h @ (v[1] * w)), None),
+        h,
+        jnp.stack([w, 2 * w.T]),
+    )[0],
 }
 SCALAR = {"tanh": jnp.tanh, "gelu": jax.nn.gelu, "softmax": jax.nn.softmax, "reverse": jnp.flip}
 
@@ -96,6 +112,7 @@ def step():
             st.integers(1, 2),
         ),
         st.tuples(st.just("lookup"), st.booleans()),
+        st.tuples(st.just("both"), st.sampled_from(sorted(BOTH)), matrix, vector),
         st.tuples(st.just("scan"), matrix, vector),
         st.tuples(st.just("stack"), matrix, matrix),
     )
@@ -109,6 +126,8 @@ def make_network(steps):
                 h = MATRIX[choice[0]](h, params[f"matrix{choice[1]}"])
             elif kind == "vector":
                 h = VECTOR[choice[0]](h, params[f"vector{choice[1]}"])
+            elif kind == "both":
+                h = BOTH[choice[0]](h, params[f"matrix{choice[1]}"], params[f"vector{choice[2]}"])
             elif kind == "scalar":
                 h = SCALAR[choice[0]](h)
             elif kind == "conv":

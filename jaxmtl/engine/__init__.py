@@ -2,8 +2,10 @@
 
 To read it: ``program`` says what a use of a parameter is, ``build`` and ``prune`` find the uses in
 a jaxpr, ``execute`` runs the program and pulls cotangents back, ``views`` and ``factors`` say when
-inner products need no gradient, ``primitives`` holds what is known of each family of primitives,
-``plan`` chooses among the paths, ``per_example`` puts it together for one loss per example.
+inner products need no gradient, ``scales`` takes learned scales out of matrices, ``bottlenecks``
+and ``small`` follow what else small values do, ``primitives`` holds what is known of each family of
+primitives, ``structure`` says what the gradients of some uses are made of, ``plan`` chooses among
+the paths, ``per_example`` puts it together for one loss per example.
 ``per_task`` is the route for m losses over one batch, for which ``heads`` cuts the program into
 stages, ``task_plan`` chooses and ``task_pass`` computes; ``encoder`` that through a representation,
 ``separate`` that for a batch per loss; ``route`` says what they have in common, ``routes`` chooses,

@@ -11,7 +11,7 @@ import jax
 import jax.extend.core as jex
 from jax import lax
 
-from jaxmtl.engine import linearity
+from jaxmtl.engine import linearity, scales
 from jaxmtl.engine.primitives import experts
 from jaxmtl.engine.program import (
     CONST,
@@ -150,7 +150,8 @@ def _select(index: jax.Array, *cases: jax.Array) -> list[jax.Array]:
 
 
 class _Builder:
-    def __init__(self, closed_over: Sequence[Value] = ()) -> None:
+    def __init__(self, closed_over: Sequence[Value] = (), *, splits: bool = False) -> None:
+        self.splits = splits  # whether scaled matrices are used without their scales
         self.uses: list[Use] = []
         self.chosen: dict[Value, Use] = {}  # slices of tables, by the lookup they come from
         # Constants that are more likely data than part of a function of the parameters.
@@ -272,10 +273,10 @@ class _Builder:
         debug_info: Any = None,
     ) -> tuple[Value, ...]:
         kinds = {v.kind for v in ins}
-        if name == "dot_general" and not loops and self.is_product_with_chosen(ins):
+        if name == "dot_general" and self.is_product_with_chosen(ins):
             fun, ins, inner, side = self.product_with_chosen(fun, ins)
             product = (Value(avals[0], DATA),)
-            use = Use(fun, ins, product, experts.NAME, eqn, len(self.uses), (), (0,))
+            use = Use(fun, ins, product, experts.NAME, eqn, len(self.uses), loops, (0,))
             use.inner, use.side = inner, side
             self.uses.append(use)
             steps.append(use)
@@ -286,6 +287,9 @@ class _Builder:
             if PARAM in kinds and tapped and name != "stop_gradient":
                 probed = eqn is not None and _is_opaque(eqn, debug_info, ins)
                 use = Use(fun, tuple(ins), outs, name, eqn, len(self.uses), loops, tapped, probed)
+                split = scales.split(use) if self.splits and not probed else None
+                if split is not None:
+                    return (self.scaled(use, split, steps),)
                 self.uses.append(use)
                 steps.append(use)
                 if name in ("dynamic_slice", "gather") and experts.chosen_axis(use) is not None:
@@ -315,6 +319,33 @@ class _Builder:
         if kinds <= {CONST}:
             steps.append(step)
         return step.outs
+
+    def scaled(self, use: Use, split: scales.Split, steps: list[Any]) -> Value:
+        """Appends the use of a matrix times small values, these beside the matrix."""
+
+        def scale(data: Value, scaling: scales.Scaling) -> tuple[Value, Use | None]:
+            before = len(self.uses)
+            ins = [data, scaling.value]
+            (out,) = self.call(
+                scaling.apply, ins, [data.aval], scaling.name, None, steps, use.loops
+            )
+            return out, self.uses[-1] if len(self.uses) > before else None
+
+        new: dict[Value, Value] = {use.params[0]: split.matrix}
+        made = None
+        for scaling in split.of_input:
+            new[use.data[0]], made = scale(new.get(use.data[0], use.data[0]), scaling)
+        ins = [new.get(v, v) for v in use.ins]
+        first = len(self.uses)
+        (out,) = self.call(use.fun, ins, [use.outs[0].aval], use.name, use.eqn, steps, use.loops)
+        product = self.uses[first] if len(self.uses) > first else None
+        for scaling in split.of_output:
+            out, after = scale(out, scaling)
+            if product is not None and product.after is None:
+                product.after = after
+        if product is not None:
+            product.before = made
+        return out
 
     def as_data(self, value: Value, aval: Any, steps: list[Any], loops: tuple[Loop, ...]) -> Value:
         """Returns the value as DATA: a PARAM that enters a carry is used there."""
@@ -396,7 +427,8 @@ def build(closed: Any, num_leaves: int, is_data: Sequence[bool] | None = None) -
       closed: A closed jaxpr; its first output is the loss, its inputs are the parameters, then
         what changes from example to example.
       num_leaves: How many of its inputs are parameters.
-      is_data: For losses over one batch, which of the closed-over arrays are data. The others are
+      is_data: None for the loss of an example, of which scaled matrices are taken apart. For losses
+        over one batch, which of the closed-over arrays are data. The others are
         data too where they enter a product, a lookup or a loop.
 
     Returns:
@@ -408,7 +440,7 @@ def build(closed: Any, num_leaves: int, is_data: Sequence[bool] | None = None) -
     constants = [
         Value(var.aval, DATA if flag else CONST) for var, flag in zip(constvars, flags, strict=True)
     ]
-    builder = _Builder(() if is_data is None else constants)
+    builder = _Builder(() if is_data is None else constants, splits=is_data is None)
     leaves = [Value(var.aval, PARAM, leaf=i) for i, var in enumerate(invars[:num_leaves])]
     data = [Value(var.aval, DATA) for var in invars[num_leaves:]]
     ins = [*constants, *leaves, *data]

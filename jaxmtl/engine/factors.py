@@ -9,6 +9,7 @@ which for a single position is the elementwise product of two Gramians, whatever
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,11 @@ class Factors:
     compute: Callable[..., Any] | None = None
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array"],
+    meta_fields=["num_shared", "num_own", "is_lookup"],
+)
 @dataclasses.dataclass(frozen=True)
 class Factor:
     """X or Y as an array ``(examples, *shared, *positions, *own)``, axes in the order of names."""
@@ -97,9 +103,18 @@ def contract(p: Factor, q: Factor, dtype: jnp.dtype) -> jax.Array:
     return product(p.array, q.array, (own_p, own_q), (shared, shared), dtype)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["x", "y", "choice"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class Outer:
-    """The gradients of examples as sums of outer products; ``choice`` is which slice each chose."""
+    """The gradients of examples as sums of outer products.
+
+    Attributes:
+      x: The first factors.
+      y: The second.
+      choice: Which slice each chose, ``(examples, *the first positions)``.
+    """
 
     x: Factor
     y: Factor
@@ -112,12 +127,16 @@ def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Ar
     table = contract(a.x, x, dtype) * contract(a.y, y, dtype)
     num_shared = a.x.num_shared
     split = a.x.array.ndim - a.x.num_own  # = the second axis of examples
+    if a.choice is not None and b.choice is not None:
+        first, second = whole(a.choice), whole(b.choice)
+        # Units for shared axes, for positions of which all have one choice, and for the other side.
+        units, rest = split - num_shared - first.ndim, table.ndim - split - second.ndim
+        before, after = (1,) * num_shared, (1,) * (table.ndim - split)
+        first = first.reshape(*before, *first.shape, *(1,) * units, *after)
+        second = second.reshape(*(1,) * split, *second.shape, *(1,) * rest)
+        table = jnp.where((first == second) & (first >= 0), table, 0)
     axes = [i for i in range(table.ndim) if i not in (num_shared, split)]
-    block = jnp.sum(table, axis=axes) if axes else table
-    if a.choice is None or b.choice is None:
-        return block
-    first, second = whole(a.choice)[:, None], whole(b.choice)[None, :]
-    return jnp.where((first == second) & (first >= 0), block, 0)
+    return jnp.sum(table, axis=axes) if axes else table
 
 
 Scaled = Callable[[jax.Array, int, int], jax.Array]

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl.engine.factors import AxisNames, Factor, Factors
-from jaxmtl.engine.program import CONST, PARAM, Call, Use, Value
+from jaxmtl.engine.program import PARAM, Use, Value, operands_of, unbroadcast
 from jaxmtl.engine.views import Views
 
 _LEFT, _RIGHT = 0, 1
+_ENTRYWISE = ("select_n", "integer_pow", "square", "abs", "exp", "log", "tanh", "max", "min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +138,7 @@ class Part:
 
     def num_positions(self) -> int:
         """Returns the number of positions per example and shared index."""
-        if self.factors.positions is not None:
-            return self.factors.positions
-        use, shape = self.use, self.use.params[0].shape
-        out = use.outs[use.tapped[0]].aval.shape
-        total = math.prod(loop.length for loop in use.loops) * math.prod(out)
-        inner = math.prod(shape[a] for a, *_ in (*self.factors.shared, *self.factors.right))
-        return total // max(inner, 1)
+        return num_positions(self.use, self.factors)
 
     def arrange(self, x: jax.Array, y: jax.Array, known: Any) -> tuple[Factor, Factor]:
         """Brings X and Y, ``(examples, ...)``, into the order that `Factor` states.
@@ -190,6 +184,16 @@ class Part:
         middle = range(1 + len(shared), last)
         permutation = [0, *(1 + i for i in order(shared)), *middle, *(last + i for i in order(own))]
         return Factor(lax.transpose(array, permutation), len(shared), len(own))
+
+
+def num_positions(use: Use, factors: Factors) -> int:
+    """Returns the number of positions of a use per example and shared index."""
+    if factors.positions is not None:
+        return factors.positions
+    shape, out = use.params[0].shape, use.outs[use.tapped[0]].aval.shape
+    total = math.prod(loop.length for loop in use.loops) * math.prod(out)
+    inner = math.prod(shape[a] for a, *_ in (*factors.shared, *factors.right))
+    return total // max(inner, 1)
 
 
 def pairing(a: Part, b: Part) -> str | None:
@@ -247,6 +251,23 @@ def parts_of(use: Use, found: Factors, views: Views, alone: bool) -> list[Part] 
     return parts
 
 
+def is_entrywise(value: Value, views: Views) -> bool:
+    """Tells whether a parameter passes a function of single entries, such as a mask, on its way."""
+    while views.of(value) is None and isinstance(value.origin, tuple):
+        call, _ = value.origin
+        params = [v for v in call.ins if v.kind == PARAM]
+        if call.name in _ENTRYWISE:
+            return True
+        if call.name in ("mul", "div"):
+            sizes = [math.prod(unbroadcast(v)[0].aval.shape) for v in operands_of(call)]
+            if min(sizes) == math.prod(value.aval.shape):
+                return True
+        if len(params) != 1:
+            return False
+        value = params[0]
+    return False
+
+
 Back = list[tuple[Value, Layout, tuple[Step, ...]]]
 
 
@@ -255,7 +276,7 @@ def _back(value: Value, layout: Layout, is_lookup: bool) -> Back | None:
     if not isinstance(value.origin, tuple) or value.bent:
         return None
     call, _ = value.origin
-    operands = _operands(call)
+    operands = operands_of(call)
     params = [v for v in operands if v.kind == PARAM]
     if any(v.loops for v in operands) or any(
         not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in params
@@ -286,16 +307,6 @@ def _back(value: Value, layout: Layout, is_lookup: bool) -> Back | None:
     return None
 
 
-def _operands(call: Call) -> list[Value]:
-    """Returns the operands of an equation in its own order, literals among them."""
-    read = dict.fromkeys(v for v in call.eqn.invars if not isinstance(v, jex.Literal))
-    values = dict(zip(read, call.ins, strict=True))
-    return [
-        Value(v.aval, CONST, literal=v.val) if isinstance(v, jex.Literal) else values[v]
-        for v in call.eqn.invars
-    ]
-
-
 def _of_product(
     is_divisor: bool, operands: list[Value], value: Value, layout: Layout, is_lookup: bool
 ) -> Back | None:
@@ -304,14 +315,7 @@ def _of_product(
     operand, scale = operands[position], operands[1 - position]
     if operand.shape != value.shape or (is_divisor and position == 1):
         return None
-    axes = {i: i for i, n in enumerate(scale.shape) if n != 1}
-    while isinstance(scale.origin, tuple) and scale.origin[0].name == "broadcast_in_dim":
-        inner, *shape = _operands(scale.origin[0])
-        if shape or inner.loops:
-            return None
-        dims = scale.origin[0].eqn.params["broadcast_dimensions"]
-        axes = {i: axes[d] for i, d in enumerate(dims) if inner.shape[i] != 1 and d in axes}
-        scale = inner
+    scale, axes = unbroadcast(scale)
     for side in (_RIGHT, _LEFT):
         own = layout.own[side]
         places = {a: i - len(own) for i, a in enumerate(own)}

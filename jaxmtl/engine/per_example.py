@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,16 +14,18 @@ from jaxmtl.engine import execute, factors
 from jaxmtl.engine.build import build
 from jaxmtl.engine.factors import Outer
 from jaxmtl.engine.paths import Part
-from jaxmtl.engine.plan import Group, Plan, describe, make_plan
+from jaxmtl.engine.plan import Group, Plan, describe, make_plan, take_rows_in_remat
 from jaxmtl.engine.primitives import rule_of
-from jaxmtl.engine.program import DATA, Use
+from jaxmtl.engine.program import DATA, PARAM, Use, Value
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
+from jaxmtl.engine.small import Products, constants
 from jaxmtl.types import PyTree
 
 # Of one group: those of each leaf for "leaf rows", those of its value for "rows".
 Rows = dict[int, jax.Array]
 _OF_VALUE = -1
+Scaled = Callable[[jax.Array], jax.Array]
 
 
 @functools.partial(
@@ -64,20 +67,12 @@ class Pass:
         return {
             i: self.group_rows(group)
             for i, group in enumerate(plan.groups)
-            if group.method != "factors" and plan.counts(group)
+            if group.method != "factors" and plan.counts(group) and not group.steps
         }
 
     def group_rows(self, group: Group) -> Rows:
         """Returns the rows of a group that is not structured."""
-        env = self.env()
-        for use in group.uses:  # so that nothing is first computed inside a map
-            for v in use.ins:
-                if v.kind != DATA:
-                    execute.resolve(env, v)
-        totals: dict[Any, jax.Array] = {}
-        for use in group.uses:
-            for value, rows in zip(use.params, self._rows_of_use(env, use), strict=True):
-                totals[value] = totals[value] + rows if value in totals else rows
+        totals = self._rows_of_values(self.env(), group.uses)
         if group.method == "rows":
             return {_OF_VALUE: totals[group.values[0]]}
 
@@ -90,6 +85,82 @@ class Pass:
 
         found = jax.vmap(to_leaves)(list(totals.values()))
         return dict(zip(group.leaves, found, strict=True))
+
+    def sum_over_steps(
+        self,
+        other: "Pass",
+        position: int,
+        product: Callable[[jax.Array, jax.Array], jax.Array],
+        like: jax.Array,
+    ) -> jax.Array:
+        """Returns the sum of a product of rows, which are formed some steps of a scan at a time.
+
+        Args:
+          other: Another pass, or the same.
+          position: Of the group in both plans.
+          product: Of rows of one parameter and those of the other pass.
+          like: Zeros of the shape of the sum.
+        """
+        groups = self.plan.groups[position], other.plan.groups[position]
+        group = groups[0]
+
+        def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+            mine = self._rows_of_steps(group, start)
+            theirs = mine if self is other else other._rows_of_steps(groups[1], start)
+            for leaf, rows in mine.items():
+                if self.plan.in_gramian[leaf]:
+                    total = total + product(rows, theirs[leaf])
+            return total, None
+
+        starts = jnp.arange(0, group.uses[0].loops[0].length, group.steps)
+        return jax.lax.scan(step, like, starts)[0]
+
+    def _rows_of_steps(self, group: Group, start: jax.Array) -> Rows:
+        """Returns the rows of the entries of leaves that belong to some steps of a scan."""
+
+        def cut(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, group.steps, axis)
+
+        of_uses = {use.index for use in group.uses}
+        some = dataclasses.replace(
+            self,
+            residuals=[
+                tuple(cut(x, 1) for x in arrays) if i in of_uses else arrays
+                for i, arrays in enumerate(self.residuals)
+            ],
+            cotangents=[
+                [cut(x, 1) for x in arrays] if i in of_uses else arrays
+                for i, arrays in enumerate(self.cotangents)
+            ],
+        )
+        whole = self.env()
+        slices = {v: cut(execute.resolve(whole, v), 0) for v in group.roots}
+        totals = some._rows_of_values({**self.env(), **slices}, group.uses)
+        inputs = [v for v in group.roots if v.kind == PARAM]
+
+        def of_inputs(arrays: list[jax.Array]) -> list[jax.Array]:
+            env = {**self.env(), **slices, **dict(zip(inputs, arrays, strict=True))}
+            return [execute.resolve(env, v) for v in totals]
+
+        _, pull = jax.vjp(of_inputs, [slices[v] for v in inputs])
+        pulled = jax.vmap(lambda rows: pull(rows)[0])(list(totals.values()))
+        found: Rows = {}
+        for v, rows in zip(inputs, pulled, strict=True):
+            leaf: Any = v.origin.leaf  # type: ignore[union-attr]
+            found[leaf] = found[leaf] + rows if leaf in found else rows
+        return found
+
+    def _rows_of_values(self, env: execute.Env, uses: Sequence[Use]) -> dict[Any, jax.Array]:
+        """Returns the rows of the PARAM operands of some uses, by operand."""
+        for use in uses:  # so that nothing is first computed inside a map
+            for v in use.ins:
+                if v.kind != DATA:
+                    execute.resolve(env, v)
+        totals: dict[Any, jax.Array] = {}
+        for use in uses:
+            for value, rows in zip(use.params, self._rows_of_use(env, use), strict=True):
+                totals[value] = totals[value] + rows if value in totals else rows
+        return totals
 
     def _rows_of_use(self, env: execute.Env, use: Use) -> list[jax.Array]:
         """Returns per-example cotangents of the PARAM operands, ``(examples, *shape)`` each."""
@@ -116,10 +187,43 @@ class Pass:
             return [rule.gradients(use, residual[0], cotangents[0], summed=True)]
         return execute.pull(use, env, residual, cotangents, over_examples=True)
 
-    def factors(
-        self, part: Part, env: execute.Env, scaled: Callable[[jax.Array], jax.Array]
-    ) -> Outer:
-        """Returns X and Y of one part of a structured group, Y in another scale."""
+    def pieces(self, group: Group, scaled: Scaled, dtype: jnp.dtype) -> "Pieces":
+        """Returns what the gradients of a structured group are made of, in another scale."""
+        env, small = self.env(), group.small
+        if small is None:
+            return Pieces([self._outer(part, env, scaled) for part in group.parts], None)
+
+        def resolve(value: Value, known: dict[Value, jax.Array]) -> jax.Array:
+            return execute.resolve({**self.env(), **known}, value)
+
+        def known(part: Part, of_output: bool) -> tuple[jax.Array, jax.Array]:
+            use = part.use
+            if of_output:
+                after: Any = use.after
+                return self.residuals[after.index][0], scaled(self.cotangents[use.index][0])
+            before: Any = use.before
+            return self.residuals[use.index][0], scaled(self.cotangents[before.index][0])
+
+        of_values = self._rows_of_values(env, small.uses)
+        pulled = small.pull([of_values[v] for v in small.values], resolve)
+        rows = {v: scaled(x) for v, x in pulled.items()}
+        outers = [
+            self._outer_of_sum(part, rows[part.use.outs[0]], env)
+            if part.use in small.sums
+            else self._outer(part, env, scaled)
+            for part in group.parts
+        ]
+        products = small.products_of(rows, group.parts, outers, known, resolve, dtype)
+        return Pieces(outers, products)
+
+    def _outer_of_sum(self, part: Part, rows: jax.Array, env: execute.Env) -> Outer:
+        """Returns X, which examples share, and Y of a sum of a parameter times constants."""
+        x = constants(part, lambda value: execute.resolve(env, value))
+        x = jnp.broadcast_to(x, (rows.shape[0], *x.shape))
+        return Outer(*part.arrange(x, rows, lambda value: execute.resolve(env, value)))
+
+    def _outer(self, part: Part, env: execute.Env, scaled: Scaled) -> Outer:
+        """Returns X and Y of one part, Y in another scale."""
         use = part.use
         residual, cotangents = self.residuals[use.index], self.cotangents[use.index]
         if part.factors.compute is None:
@@ -128,56 +232,49 @@ class Pass:
         else:
             known = {v: execute.resolve(env, v) for v in use.ins if v.kind != DATA}
             known.update(zip(use.data, residual, strict=True))
-            axes = [0 if v.kind == DATA else None for v in use.ins] + [0] * len(cotangents)
-            mapped = jax.vmap(part.factors.compute, in_axes=axes)
+            mapped = part.factors.compute
+            for loop in reversed((None, *use.loops)):  # over examples, then over the steps of each
+                axes = [0 if v.kind == DATA or loop in v.loops else None for v in use.ins]
+                mapped = jax.vmap(mapped, in_axes=axes + [0] * len(cotangents))
             x, y, *choice = mapped(*(known[v] for v in use.ins), *cotangents)
         found = part.arrange(x, scaled(y), lambda value: execute.resolve(env, value))
         return Outer(*found, *choice)
 
 
-def _structured(
-    a: Pass, b: Pass, position: int, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    # Two passes have two programs of equal structure.
-    group, parts = a.plan.groups[position], b.plan.groups[position].parts
-    env = a.env()
-    left = [a.factors(part, env, scaled) for part in group.parts]
-    right = left if a is b else [b.factors(part, b.env(), scaled) for part in parts]
-    total = jnp.zeros((), dtype)
-    for (i, j), pairing in group.pairings.items():
-        block = factors.inner_products(left[i], right[j], pairing, dtype)
-        if i != j:
-            other = (
-                factors.inner_products(left[j], right[i], pairing, dtype) if a is not b else block.T
-            )
-            block = block + other
-        total = total + block
-    return total
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["outers", "products"], meta_fields=[]
+)
+@dataclasses.dataclass
+class Pieces:
+    """What the gradients of a structured group are made of, with a leading axis of examples."""
 
+    outers: list[Outer]
+    products: Products | None
 
-def _structured_squares(
-    done: Pass, group: Group, dtype: jnp.dtype, scaled: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """Returns the diagonal of what `_structured` returns, each example by itself."""
-    env = done.env()
-    found = [done.factors(part, env, scaled) for part in group.parts]
-
-    def one(arrays: list[tuple[jax.Array, jax.Array, jax.Array | None]]) -> jax.Array:
-        alone = [
-            factors.Outer(
-                dataclasses.replace(outer.x, array=x[None]),
-                dataclasses.replace(outer.y, array=y[None]),
-                None if choice is None else choice[None],
-            )
-            for outer, (x, y, choice) in zip(found, arrays, strict=True)
-        ]
+    def table(self, other: "Pieces", group: Group, dtype: jnp.dtype) -> jax.Array:
+        """Returns the inner products of the gradients of two passes, or of one with itself."""
         total = jnp.zeros((), dtype)
+        left, right = self.outers, other.outers
         for (i, j), pairing in group.pairings.items():
-            product = factors.inner_products(alone[i], alone[j], pairing, dtype)[0, 0]
-            total = total + product * (1 if i == j else 2)
+            block = factors.inner_products(left[i], right[j], pairing, dtype)
+            if i != j and self is other:
+                block = block + block.T
+            elif i != j:
+                block = block + factors.inner_products(left[j], right[i], pairing, dtype)
+            total = total + block
+        if self.products is not None and other.products is not None:
+            total = total + self.products.table(other.products, dtype)
         return total
 
-    squares = jax.vmap(one)([(outer.x.array, outer.y.array, outer.choice) for outer in found])
+
+def _structured_squares(done: Pass, group: Group, dtype: jnp.dtype, scaled: Scaled) -> jax.Array:
+    """Returns the squared norms of the gradients of a structured group, each by itself."""
+
+    def one(pieces: Pieces) -> jax.Array:
+        alone = jax.tree.map(lambda x: x[None], pieces)
+        return alone.table(alone, group, dtype)[0, 0]
+
+    squares = jax.vmap(one)(done.pieces(group, scaled, dtype))
     return jnp.maximum(squares, 0)  # over several positions the sum can round to below zero
 
 
@@ -197,6 +294,7 @@ def _forward_backward(
     mapped: list[jax.Array],
     in_gramian: Sequence[bool],
     diagonal: bool,
+    needs_gramian: bool,
 ) -> tuple[jax.Array, Any, Pass]:
     """Evaluates all examples and pulls their losses back to the outputs of all uses.
 
@@ -207,6 +305,7 @@ def _forward_backward(
       mapped: The other inputs, stacked.
       in_gramian: For each leaf, whether it is part of the Gramian.
       diagonal: Whether norms alone are wanted.
+      needs_gramian: Whether rows will be formed.
 
     Returns:
       The ``(m,)`` losses, aux with a leading axis of examples, and the `Pass`.
@@ -214,11 +313,15 @@ def _forward_backward(
     # What is static about a traced example leaves the map through this list: a jaxpr is no output
     # of a mapped function, and outside the map there is no example to trace it with.
     traced: list[Any] = []
+    count = jax.tree.leaves((own, mapped))[0].shape[0]
 
     def one_example(own: list[jax.Array], mapped: list[jax.Array]) -> Any:
         closed, shapes = jax.make_jaxpr(fun, return_shape=True)(leaves, own, mapped)
         program = prune(build(closed, len(leaves)))
-        traced.extend([program, closed.consts, shapes])
+        plan = make_plan(program, in_gramian, count * math.prod(shapes[0].shape), diagonal)
+        if needs_gramian:
+            take_rows_in_remat(plan)
+        traced.extend([plan, closed.consts, shapes])
         env = execute.shared_env(program, leaves, list(map(jnp.asarray, closed.consts)))
         taps = [
             [jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding) for s in tap]
@@ -238,14 +341,13 @@ def _forward_backward(
         return value, aux, residuals, *of_units
 
     losses, aux, residuals, cotangents, of_own = jax.vmap(one_example)(own, mapped)
-    program, constants, (loss_shape, aux_shapes) = traced
+    plan, constants, (loss_shape, aux_shapes) = traced
     if loss_shape.shape:
         losses, residuals, cotangents = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), (losses, residuals, cotangents)
         )
     else:
         of_own = [x[:, None] for x in of_own]
-    plan = make_plan(program, in_gramian, losses.shape[0], diagonal)
     done = Pass(plan, leaves, list(map(jnp.asarray, constants)), residuals, cotangents, of_own, {})
     return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
 
@@ -279,7 +381,7 @@ class PerExample:
             return losses, aux
 
         self.losses, self.aux, self._pass = _forward_backward(
-            one_example, common, own, examples.mapped, in_gramian, diagonal
+            one_example, common, own, examples.mapped, in_gramian, diagonal, needs_gramian
         )
         self._rows = functools.cache(self._pass.rows)
         self._params, self._examples = params, examples
@@ -319,6 +421,9 @@ class PerExample:
             if group.method == "factors":
                 total = total + _structured_squares(done, group, dtype, scaled)
                 continue
+            if group.steps:
+                total = done.sum_over_steps(done, i, lambda x, _: squares(x), total)
+                continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
                     total = total + squares(rows)
@@ -350,17 +455,26 @@ class PerExample:
         def scaled(rows: jax.Array) -> jax.Array:
             return rows if exponent is None else linalg.scale_rows(rows, exponent, dtype)
 
+        def products(x: jax.Array, y: jax.Array) -> jax.Array:
+            return linalg.row_products(scaled(x), scaled(y), dtype)
+
         total = jnp.zeros((self.losses.shape[0], other.losses.shape[0]), dtype)
         for i, group in enumerate(a.plan.groups):
             if not a.plan.counts(group):
                 continue
             if group.method == "factors":
-                total = total + _structured(a, b, i, dtype, scaled)
+                mine = a.pieces(group, scaled, dtype)
+                # Two passes have two programs of equal structure.
+                others = mine if a is b else b.pieces(b.plan.groups[i], scaled, dtype)
+                total = total + mine.table(others, group, dtype)
+                continue
+            if group.steps:
+                total = a.sum_over_steps(b, i, products, total)
                 continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
-                    others = other._rows()[i][leaf]
-                    total = total + linalg.row_products(scaled(rows), scaled(others), dtype)
+                    theirs = other._rows()[i][leaf]
+                    total = total + products(rows, theirs)
         for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
             if counts:
                 x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))

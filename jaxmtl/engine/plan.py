@@ -8,9 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxmtl.engine import paths
+from jaxmtl.engine.factors import Factors
 from jaxmtl.engine.paths import Part
 from jaxmtl.engine.primitives import rule_of
-from jaxmtl.engine.program import Program, Use, Value
+from jaxmtl.engine.program import DATA, PARAM, Program, Scan, Use, Value
+from jaxmtl.engine.small import Small
+from jaxmtl.engine.structure import Structure, structure_of
 from jaxmtl.engine.views import Views
 
 # Moving one number to or from memory costs about as much as this many operations on it. LSTMs of
@@ -39,12 +42,16 @@ class Group:
         row per example of the one value used) or "leaf rows" (one row per example of each leaf).
       parts: For "factors", the uses with their factors.
       pairings: For "factors", how parts i and j <= i pair, where they have entries in common.
+      small: For "factors", what is known of uses that have no parts.
       keep: Whether the rows are kept for the weighted sum.
       bent: Whether the weighted sum is one of rows alone: a custom derivative on the way from the
         values to the leaves need not be linear.
       reason: Why, in words.
       operations: Of the products of its part of the Gramian.
       memory: Bytes of what these are products of: of rows, or of the tables of inner products.
+      roots: For rows that are formed some steps of a scan at a time, the arrays of one entry per
+        step behind its values, and those that stand beside them.
+      steps: How many steps at a time; 0 for all.
       chunk_size: For tasks on one batch, how many rows exist at a time, which are pushed forward
         again; 0 where all rows are compared.
     """
@@ -55,11 +62,14 @@ class Group:
     method: str = "leaf rows"
     parts: tuple[Part, ...] = ()
     pairings: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict)
+    small: Small | None = None
     keep: bool = False
     bent: bool = False
     reason: str = ""
     operations: int = 0
     memory: int = 0
+    roots: tuple[Value, ...] = ()
+    steps: int = 0
     chunk_size: int = 0
 
 
@@ -86,15 +96,77 @@ def make_plan(
     views = Views()
     groups = group_uses(program, views)
     for group in groups:
-        counted = {in_gramian[leaf] for leaf in group.leaves}
         leaf_size = sum(math.prod(program.leaves[leaf].shape) for leaf in group.leaves)
-        _choose(group, views, (num_examples, diagonal), leaf_size, mixed=len(counted) > 1)
-        if True in counted:
+        _choose(group, views, (num_examples, diagonal), leaf_size, in_gramian)
+        if any(in_gramian[leaf] for leaf in group.leaves):
+            _cut(group)
             _measure(group, program, num_examples, diagonal)
         else:
             group.keep = False
             group.reason = "not shared: left out of the Gramian"
     return Plan(program, groups, tuple(in_gramian))
+
+
+def _cut(group: Group) -> None:
+    """Lets rows of stacked layers that are not kept be formed some layers at a time."""
+    found = None if group.keep or group.method == "factors" else _roots(group)
+    if found is None:
+        return
+    length = group.uses[0].loops[0].length
+    size = sum(math.prod(v.shape) for v in found if v.kind == PARAM)
+    most = max(_KEEP_ROWS * _num_sources(group.uses) * length // size, 1)
+    group.roots = tuple(found)
+    group.steps = max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
+    group.reason += f"; {group.steps} of {length} steps at a time"
+
+
+def _roots(group: Group) -> list[Value] | None:
+    """Returns the slices of a scan that a group is made of, None where leaves are used whole."""
+    loops = {use.loops[:1] for use in group.uses}
+    if len(loops) > 1 or () in loops or any(use.probed for use in group.uses):
+        return None
+    (loop,) = loops
+    roots: list[Value] = []
+    stack = [v for use in group.uses for v in use.ins if v.kind != DATA]
+    seen: set[Value] = set()
+    while stack:
+        v = stack.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        if v.loops[:1] != loop:
+            if v.loops or v.kind == PARAM:
+                return None
+        elif not isinstance(v.origin, Value):
+            stack.extend(() if v.origin is None else v.origin[0].ins)
+        elif v.loops != loop:
+            stack.append(v.origin)
+        elif v.kind == PARAM and v.origin.leaf is None:
+            return None
+        else:
+            roots.append(v)
+    return roots
+
+
+def take_rows_in_remat(plan: Plan) -> None:
+    """Lets the backward pass itself form rows that are kept, in the body of a scan with remat.
+
+    What they are made of, inputs and cotangents of all steps, is then never stored.
+    """
+    uses = plan.program.uses
+    again = {use for scan in _scans(plan.program.steps) if scan.remat for use in scan.uses}
+    again -= {other for use in uses for other in (use.before, use.after) if other is not None}
+    for group in plan.groups:
+        size = sum(math.prod(v.shape) for v in group.values)
+        # Rows of all steps exist twice: as they are stacked, and with the examples first.
+        if group.keep and again.issuperset(group.uses) and 2 * size < _num_sources(group.uses):
+            for use in group.uses:
+                use.probed = True
+
+
+def _scans(steps: Sequence[Any]) -> list[Scan]:
+    found = [step for step in steps if isinstance(step, Scan)]
+    return [*found, *(inner for scan in found for inner in _scans(scan.steps))]
 
 
 def group_uses(program: Program, views: Views) -> list[Group]:
@@ -130,93 +202,120 @@ def group_uses(program: Program, views: Views) -> list[Group]:
 
 
 def _choose(
-    group: Group, views: Views, wanted: tuple[int, bool], leaf_size: int, mixed: bool
+    group: Group,
+    views: Views,
+    wanted: tuple[int, bool],
+    leaf_size: int,
+    in_gramian: Sequence[bool],
 ) -> None:
     seen = [views.of(v) for v in group.values]
     alone = len(group.values) == 1
     names = ", ".join(dict.fromkeys(use.name for use in group.uses))
-    sources = sum(
-        math.prod(loop.length for loop in use.loops) * math.prod(v.aval.shape)
-        for use in group.uses
-        for v in (*use.data, *use.outs)
-    )
+    mixed = len({in_gramian[leaf] for leaf in group.leaves}) > 1
+    sources = _num_sources(group.uses)
     if alone and seen[0] is not None and not mixed:
         group.method, leaf_size = "rows", math.prod(group.values[0].shape)
     group.keep = leaf_size <= _KEEP_ROWS * sources
+    known = {use: factors_of(use) for use in group.uses}
+    positions = [paths.num_positions(use, x) for use, x in known.items() if x is not None]
+    many = max(positions, default=1) >= _MANY_POSITIONS
+    group.keep |= many and leaf_size <= _KEEP_ROWS_OF_MANY * sources
     group.bent = any(v.bent for v in group.values)
-    if mixed or group.bent:  # A bent value has no view.
-        group.keep |= group.bent
+    if group.bent:  # A bent value has no view.
+        group.keep = True
         group.reason = f"used through a custom derivative that need not be linear, by {names}"
-        if mixed:
-            group.reason = f"used together with a parameter that is not shared, by {names}"
         return
-    found = [parts_of(use, views, alone) for use in group.uses]
-    missing = [u for u, parts in zip(group.uses, found, strict=True) if not parts]
-    if missing:
-        if any(use.probed for use in group.uses):
-            group.keep = True
-            group.reason = f"differentiated together with the example, by {names}"
-        elif any(view is None for view in seen):
-            group.reason = f"used through another function of the parameter, by {names}"
-        elif len(missing) == 1 and rule_of(missing[0]).has_gradients(missing[0]):
-            group.reason = rule_of(missing[0]).reason
-        elif leaf_size <= sources:
-            group.reason = f"no larger than the operands and cotangents of {names}"
-        else:
-            unknown = ", ".join(dict.fromkeys(use.name for use in missing))
-            group.reason = f"no structured rule for {unknown}"
-        return
-    parts = tuple(part for some in found for part in some or ())
-    pairings = {}
-    for i, p in enumerate(parts):
-        for j, q in enumerate(parts[: i + 1]):
-            relation = views.relation(p.value, q.value)
-            if relation != "apart":
-                pairings[i, j] = paths.pairing(p, q) if relation == "same" else None
-    known = {pair: how for pair, how in pairings.items() if how is not None}
-    if len(known) < len(pairings):
-        group.reason = f"uses of different shape, by {names}"
-        return
-    most = max(part.num_positions() for part in parts)
-    group.keep |= most >= _MANY_POSITIONS and leaf_size <= _KEEP_ROWS_OF_MANY * sources
-    by_factors, by_rows = _costs(group, parts, known, wanted, leaf_size)
-    if by_factors <= by_rows:
-        group.method, group.parts, group.pairings, group.keep = "factors", parts, known, False
-        group.reason = f"inner products of inputs and cotangents of {names}"
+    found = {
+        use: None if x is None else paths.parts_of(use, x, views, alone) for use, x in known.items()
+    }
+    structure = structure_of(found, views, in_gramian)
+    if structure is None:
+        group.keep |= any(use.probed for use in group.uses)
+        group.reason = _why_not(group, found, views, leaf_size <= sources, names)
     else:
-        group.reason = f"{names} at so many positions that one row per example is cheaper"
-        known_rows = [rule_of(use).reason for use in group.uses if rule_of(use).has_gradients(use)]
-        if len(known_rows) == len(group.uses) == 1:
-            group.reason = known_rows[0]
+        by_factors, by_rows = _costs(group, structure, wanted, leaf_size)
+        if by_factors <= by_rows:
+            group.method, group.keep = "factors", False
+            group.parts, group.pairings = structure.parts, structure.pairings
+            group.small = structure.small
+            group.reason = f"inner products of inputs and cotangents of {names}"
+        else:
+            group.reason = f"{names} at so many positions that one row per example is cheaper"
+            known_rows = [rule_of(u).reason for u in group.uses if rule_of(u).has_gradients(u)]
+            if len(known_rows) == len(group.uses) == 1:
+                group.reason = known_rows[0]
+    if mixed and group.method != "factors":
+        group.reason = f"used together with a parameter that is not shared, by {names}"
+
+
+def _num_sources(uses: Sequence[Use]) -> int:
+    """Returns the number of entries that the gradient of an example is made of."""
+    return sum(
+        math.prod(loop.length for loop in use.loops) * math.prod(v.aval.shape)
+        for use in uses
+        for v in (*use.data, *use.outs)
+    )
+
+
+def _why_not(
+    group: Group,
+    found: dict[Use, list[Part] | None],
+    views: Views,
+    is_smaller: bool,
+    names: str,
+) -> str:
+    """Returns why a group has no structure that is known."""
+    missing = [use for use, parts in found.items() if not parts]
+    if not missing:
+        return f"uses of different shape, by {names}"
+    if any(use.probed for use in group.uses):
+        return f"differentiated together with the example, by {names}"
+    if any(views.of(v) is None for v in group.values):
+        products = [use for use in missing if factors_of(use) is not None]
+        if any(paths.is_entrywise(use.params[0], views) for use in products):
+            return f"each entry has a factor of its own, so that nothing is cheaper, by {names}"
+        return f"used through another function of the parameter, by {names}"
+    if len(missing) == 1 and rule_of(missing[0]).has_gradients(missing[0]):
+        return rule_of(missing[0]).reason
+    if is_smaller:
+        return f"no larger than the operands and cotangents of {names}"
+    unknown = ", ".join(dict.fromkeys(use.name for use in missing))
+    return f"no structured rule for {unknown}"
+
+
+def factors_of(use: Use) -> Factors | None:
+    """Returns the factors of a use of one value, if a rule knows them."""
+    return None if use.probed or len(use.params) != 1 else rule_of(use).factors(use)
 
 
 def parts_of(use: Use, views: Views, alone: bool) -> list[Part] | None:
     """Returns the parts of a use, if a rule knows its factors."""
-    found = None if use.probed or len(use.params) != 1 else rule_of(use).factors(use)
+    found = factors_of(use)
     return None if found is None else paths.parts_of(use, found, views, alone)
 
 
 def _costs(
-    group: Group,
-    parts: Sequence[Part],
-    pairings: dict[tuple[int, int], str],
-    size: tuple[int, bool],
-    leaf_size: int,
+    group: Group, structure: Structure, size: tuple[int, bool], leaf_size: int
 ) -> tuple[float, float]:
     """Returns the costs of "factors" and of rows beside a weighted sum, in operations."""
     n, diagonal = size
+    parts = structure.parts
     products = n if diagonal else n * n
     by_factors = 0.0
-    for i, j in pairings:
+    for i, j in structure.pairings:
         entries, operations = _of_pair(parts[i], parts[j], products)
         by_factors += operations + MEMORY_COST * (2 * entries if entries > products else 0)
+    if structure.small is not None:
+        by_factors += structure.small.operations(parts, n, products)
     by_rows = 2.0 * products * leaf_size + MEMORY_COST * 2 * n * leaf_size
     for use in group.uses:
         value_size = math.prod(use.params[0].shape)
         if rule_of(use).writes_rows:
             by_rows += MEMORY_COST * n * value_size
             continue
-        t = next(part.num_positions() for part in parts if part.use is use)
+        t = next((part.num_positions() for part in parts if part.use is use), 0)
+        if not t:  # A small value: its rows are sums of entries.
+            continue
         by_rows += 2.0 * n * t * value_size
         if group.keep:  # The weighted sum is then one of rows, and need not be taken afresh.
             by_rows -= 2.0 * n * (t - 1) * value_size
@@ -249,15 +348,18 @@ def _measure(group: Group, program: Program, n: int, diagonal: bool) -> None:
         found = [_of_pair(group.parts[i], group.parts[j], products) for i, j in group.pairings]
         bits = max(jnp.finfo(program.leaves[leaf].aval.dtype).bits for leaf in group.leaves)
         group.operations = sum(operations for _, operations in found)
-        group.memory = 2 * max(entries for entries, _ in found) * max(bits, 32) // 8
+        if group.small is not None:
+            group.operations += group.small.operations(group.parts, n, products)
+        group.memory = 2 * max((n for n, _ in found), default=0) * max(bits, 32) // 8
         return
     rows = [v.aval for v in (program.leaves[leaf] for leaf in group.leaves)]
     sizes = [math.prod(aval.shape) for aval in rows]
     if group.method == "rows":
         sizes, rows = [math.prod(group.values[0].shape)], [group.values[0].aval]
+    num_chunks = group.uses[0].loops[0].length // group.steps if group.steps else 1
     group.operations = 2 * products * sum(sizes)
     group.memory = sum(
-        n * size * aval.dtype.itemsize for size, aval in zip(sizes, rows, strict=True)
+        n * size * aval.dtype.itemsize // num_chunks for size, aval in zip(sizes, rows, strict=True)
     )
 
 

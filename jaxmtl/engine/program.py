@@ -85,6 +85,8 @@ class Use(Call):
         pass then gives the rows themselves, by whatever rule a custom derivative has.
       inner: for the product with a matrix from a table, the lookup.
       side: and which operand of the product the matrix is.
+      before: the use that makes the DATA operand for this use alone, where there is one.
+      after: a use that reads the output.
     """
 
     index: int = 0
@@ -93,6 +95,8 @@ class Use(Call):
     probed: bool = False
     inner: Use | None = None
     side: int = 0
+    before: Use | None = None
+    after: Use | None = None
 
     @property
     def taps(self) -> tuple[Any, ...]:
@@ -151,6 +155,32 @@ def is_float(aval: Any) -> bool:
 def from_params(value: Value) -> bool:
     """Tells whether the value depends on the parameters alone: it is computed outside all loops."""
     return value.kind in (PARAM, FROZEN)
+
+
+def operands_of(call: Call) -> list[Value]:
+    """Returns the operands of an equation in its own order, literals among them."""
+    read = dict.fromkeys(v for v in call.eqn.invars if not isinstance(v, jex.Literal))
+    values = dict(zip(read, call.ins, strict=True))
+    return [
+        Value(v.aval, CONST, literal=v.val) if isinstance(v, jex.Literal) else values[v]
+        for v in call.eqn.invars
+    ]
+
+
+def unbroadcast(value: Value) -> tuple[Value, dict[int, int]]:
+    """Returns what a value is a broadcast of, and the place of each axis that is not of length one.
+
+    Axes are those inside the innermost loop.
+    """
+    axes = {i: i for i, n in enumerate(value.aval.shape) if n != 1}
+    while isinstance(value.origin, tuple) and value.origin[0].name == "broadcast_in_dim":
+        inner, *shape = operands_of(value.origin[0])
+        if shape:
+            break
+        dims = value.origin[0].eqn.params["broadcast_dimensions"]
+        axes = {i: axes[d] for i, d in enumerate(dims) if inner.aval.shape[i] != 1 and d in axes}
+        value = inner
+    return value, axes
 
 
 def operations(eqn: Any) -> int:

@@ -21,10 +21,10 @@ _MAX_OFFSETS = 128
 
 
 def _has_gradients(use: Use) -> bool:
-    """Tells whether ``_gradients`` covers this use: a kernel outside loops, of moderate size."""
-    if use.name != "conv_general_dilated" or use.loops or len(use.ins) != 2:
+    """Tells whether ``_gradients`` covers this use: one kernel for all steps, of moderate size."""
+    if use.name != "conv_general_dilated" or len(use.ins) != 2:
         return False
-    if use.ins[1].kind != PARAM or use.ins[0].kind == PARAM:
+    if use.ins[1].kind != PARAM or use.ins[0].kind == PARAM or use.ins[1].loops:
         return False
     params = use.eqn.params
     spatial = [use.ins[1].aval.shape[a] for a in params["dimension_numbers"].rhs_spec[2:]]
@@ -36,8 +36,8 @@ def _gradients(use: Use, x: jax.Array, y: jax.Array, summed: bool = False) -> ja
 
     Args:
       use: A supported convolution.
-      x: Its inputs, ``(examples, *input shape)``.
-      y: Cotangents of its outputs, ``(examples, *output shape)``.
+      x: Its inputs, ``(examples, *loops, *input shape)``.
+      y: Cotangents of its outputs, ``(examples, *loops, *output shape)``.
       summed: Whether to sum over the examples.
 
     Returns:
@@ -47,7 +47,9 @@ def _gradients(use: Use, x: jax.Array, y: jax.Array, summed: bool = False) -> ja
     kernel = use.ins[1].aval
     groups = use.eqn.params["feature_group_count"]
     dtype = jnp.result_type(x, y)
-    rhs_spec = use.eqn.params["dimension_numbers"].rhs_spec
+    lhs_spec, rhs_spec, _ = use.eqn.params["dimension_numbers"]
+    depth = len(use.loops)
+    x, y = _in_batch(x, depth, lhs_spec[0]), _in_batch(y, depth, out_spec[0])
     y = lax.transpose(y, [0, out_spec[0] + 1, *(a + 1 for a in out_spec[2:]), out_spec[1] + 1])
     window = [kernel.shape[a] for a in rhs_spec[2:]]
     per_group = kernel.shape[rhs_spec[1]], kernel.shape[rhs_spec[0]] // groups
@@ -63,6 +65,16 @@ def _gradients(use: Use, x: jax.Array, y: jax.Array, summed: bool = False) -> ja
     for axis, source in zip(rhs_spec, order, strict=True):
         inverse[axis] = source
     return lax.transpose(stacked, [*range(lead), *inverse]).astype(kernel.dtype)
+
+
+def _in_batch(x: jax.Array, depth: int, batch: int) -> jax.Array:
+    """Returns ``(examples, *loops, *shape)`` with the steps of all loops in the batch axis."""
+    if not depth:
+        return x
+    loops, rest = range(1, 1 + depth), range(1 + depth, x.ndim)
+    x = lax.transpose(x, [0, *rest[:batch], *loops, *rest[batch:]])
+    shape = (*x.shape[: 1 + batch], -1, *x.shape[2 + batch + depth :])
+    return x.reshape(shape)
 
 
 def _shifted(use: Use, x: jax.Array) -> list[jax.Array]:
@@ -92,21 +104,25 @@ def _factors(use: Use) -> Factors | None:
     if not _has_gradients(use) or use.eqn.params["feature_group_count"] != 1:
         return None
     _, rhs_spec, out_spec = use.eqn.params["dimension_numbers"]
-    positions = 1 + len(rhs_spec) - 2  # of X: batch and space, then the window and the channels
+    depth = len(use.loops)
+    # Of X: steps, batch and space, then the window and the channels.
+    positions = depth + 1 + len(rhs_spec) - 2
     own = [*rhs_spec[2:], rhs_spec[1]]
     left = tuple((axis, positions + i) for i, axis in enumerate(own))
-    return Factors((), left, ((rhs_spec[0], out_spec[1]),))
+    return Factors((), left, ((rhs_spec[0], depth + out_spec[1]),))
 
 
 def _patches(use: Use, x: jax.Array, factors: Factors) -> jax.Array:
     """Returns ``(examples, *positions, *window, channels)``, positions as in the cotangent."""
+    steps = x.shape[: 1 + len(use.loops)]
+    x = x.reshape(-1, *x.shape[len(steps) :])
     _, rhs_spec, out_spec = use.eqn.params["dimension_numbers"]
     window = [use.ins[1].aval.shape[a] for a in rhs_spec[2:]]
     patches = jnp.stack(_shifted(use, x), axis=-2)
     places = dict(zip((out_spec[0], *out_spec[2:]), range(1, patches.ndim), strict=False))
     order = [places[axis] for axis in sorted(places)]
     patches = lax.transpose(patches, [0, *order, patches.ndim - 2, patches.ndim - 1])
-    return patches.reshape(*patches.shape[:-2], *window, patches.shape[-1])
+    return patches.reshape(*steps, *patches.shape[1:-2], *window, patches.shape[-1])
 
 
 def _one_offset(

@@ -17,7 +17,7 @@ NAME = "lookup and dot_general"
 def chosen_axis(use: Use) -> int | None:
     """Returns the axis of a table from which a use takes one slice, None for other uses."""
     rule = lookup.RULES.get(use.name)
-    found = None if rule is None or use.loops else rule.factors(use)
+    found = None if rule is None else rule.factors(use)
     if found is None or found.lookup is None:
         return None
     rest = [n for a, n in enumerate(use.ins[0].aval.shape) if a != found.lookup]
@@ -34,7 +34,7 @@ def _factors(use: Use) -> Factors | None:
         return None
     axis, ndim = found.lookup, len(use.params[0].aval.shape)
     rest = [a for a in range(ndim) if a != axis]
-    side = use.side
+    side, depth = use.side, len(use.loops)
     data = use.ins[-1].aval
     dims = use.eqn.params["dimension_numbers"]
     shared, left, right = matmul.axes(dims, side, len(rest), len(data.shape))
@@ -46,9 +46,9 @@ def _factors(use: Use) -> Factors | None:
         return x, y, place
 
     return Factors(
-        tuple((rest[a], i, j) for a, i, j in shared),
-        tuple((rest[a], i) for a, i in left),
-        tuple((rest[a], j) for a, j in right),
+        tuple((rest[a], depth + i, depth + j) for a, i, j in shared),
+        tuple((rest[a], depth + i) for a, i in left),
+        tuple((rest[a], depth + j) for a, j in right),
         choice=axis,
         compute=compute,
     )
