@@ -1,7 +1,7 @@
-"""Physics-informed networks: conflicting conditions by first-order methods, and by Gauss-Newton.
+r"""Physics-informed networks: conflicting conditions by first-order methods, and by Gauss-Newton.
 
     python -m experiments.examples.physics_informed --data-dir DIR              # Burgers, one seed
-    python -m experiments.examples.physics_informed --data-dir DIR --problems Burgers cavity \\
+    python -m experiments.examples.physics_informed --data-dir DIR --problems Burgers cavity \
         --seeds 5 --out OUT                                                     # recorded
 
 DIR holds the reference solutions ``burgers_shock.mat`` and ``ldc_Re100.mat``. Burgers' equation has
