@@ -22,6 +22,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmtl"
 
 
+def minibatches(
+    size: int, batch_size: int, rng: np.random.Generator, name: str = "images"
+) -> np.ndarray:
+    """Returns the examples (steps, b) of an epoch's minibatches; what fills none is left out.
+
+    Raises:
+      SystemExit: There are not enough examples for one batch.
+    """
+    steps = size // batch_size
+    if steps == 0:
+        raise SystemExit(
+            f"expected at least {batch_size} {name} for a batch, got {size}; pass a "
+            "smaller --batch-size"
+        )
+    return rng.permutation(size)[: steps * batch_size].reshape(steps, batch_size)
+
+
 def load_sklearn_digits(split: str, *, test_fraction: float = 0.2) -> Images:
     """Returns the real 8 x 8 handwritten digits that come with scikit-learn (no download).
 

@@ -42,6 +42,39 @@ def needs(method: Method) -> str:
     return "Gramian" if "gramian" in weighting.rule.needs else "none"
 
 
+class Entry(NamedTuple):
+    """A method and its route through a network with a trunk.
+
+    Routes: ``"losses"``, one backward pass of the weighted loss; ``"rows"``, the gradients of all
+    parameters that are not heads; ``"features"``, gradients at z; ``"layer"``, the Gramian of the
+    last shared layer alone.
+    """
+
+    method: Method
+    route: str
+
+    def build(self, num_tasks: int, known: Any) -> Any:
+        """Returns the aggregator, given a NamedTuple of what only the training knows."""
+        return self.method.build(num_tasks, **known._asdict())
+
+
+def entry(method: Method, route: str = "") -> Entry:
+    """Returns a method with its route, which is by losses or rows if not given."""
+    return Entry(method, route or ("losses" if needs(method) == "none" else "rows"))
+
+
+def averaged(rule: Method) -> Method:
+    """Returns the CR- form of a rule, with a constant alpha."""
+    return rule.then(lambda aggregator, m: jaxmtl.cr_mogm(aggregator, num_tasks=m))
+
+
+def uncertainty(m: int, learning_rate: optax.Schedule) -> Any:
+    """Returns uncertainty weighting whose log variances the network's optimizer steps."""
+    return jaxmtl.uncertainty_weighting(
+        "classification", num_tasks=m, optimizer=optax.adam(learning_rate)
+    )
+
+
 def corollary_1(shape: optax.Schedule) -> Callable[[Any, int], Any]:
     """Returns the CR- form of Zhou 2022, whose alpha needs the learning rate up to a factor."""
     return lambda aggregator, m: jaxmtl.cr_mogm(

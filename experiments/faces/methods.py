@@ -8,7 +8,7 @@ import optax
 
 import jaxmtl
 from experiments import methods
-from experiments.methods import Method, needs
+from experiments.methods import Entry, Method, averaged, entry, uncertainty
 
 SINGLE = "single_task"  # a network per task; on the same footing as the methods in records
 LIBRARY = methods.METHODS
@@ -20,28 +20,6 @@ class Known(NamedTuple):
     steps_per_epoch: int
     learning_rate: optax.Schedule  # of the network's Adam
     penalty: float  # lambda of LDC-MTL
-
-
-class Entry(NamedTuple):
-    """A method and its route.
-
-    Routes: ``"losses"``, one backward pass of the weighted loss; ``"rows"``, the gradients of the
-    trunk by all tasks; ``"features"``, the gradients at z.
-    """
-
-    method: Method
-    route: str
-
-    def build(self, num_tasks: int, known: Known) -> Any:
-        """Returns the aggregator."""
-        return self.method.build(num_tasks, **known._asdict())
-
-
-def _uncertainty(m: int, learning_rate: optax.Schedule) -> Any:
-    # The log variances are stepped by the network's optimizer.
-    return jaxmtl.uncertainty_weighting(
-        "classification", num_tasks=m, optimizer=optax.adam(learning_rate)
-    )
 
 
 def _ldc(**more: Any) -> Callable[..., Any]:
@@ -57,43 +35,35 @@ def _ldc(**more: Any) -> Callable[..., Any]:
     return make
 
 
-def _averaged(rule: Method) -> Method:
-    return rule.then(lambda aggregator, m: jaxmtl.cr_mogm(aggregator, num_tasks=m))
-
-
-def _entry(method: Method, route: str = "") -> Entry:
-    return Entry(method, route or ("losses" if needs(method) == "none" else "rows"))
-
-
 _ALIGNED = Method(lambda m: jaxmtl.aligned_mtl(preference=jnp.ones(m), num_tasks=m))
 _BY_ROWS = ("mgda", "pcgrad", "cagrad", "imtl_g")
 
 METHODS: dict[str, Entry] = {
     # The sum of the losses.
-    "linear_scalarization": _entry(
+    "linear_scalarization": entry(
         Method(lambda m: jaxmtl.linear_scalarization(jnp.ones(m), num_tasks=m))
     ),
-    "scale_invariant": _entry(LIBRARY["scale_invariant"]),
-    "rlw": _entry(LIBRARY["rlw"]),
-    "dwa": _entry(LIBRARY["dwa"]._replace(asks=("steps_per_epoch",))),
-    "uncertainty_weighting": Entry(Method(_uncertainty, asks=("learning_rate",)), "losses"),
-    "famo": _entry(LIBRARY["famo"]),
-    "go4align": _entry(LIBRARY["go4align"]),
+    "scale_invariant": entry(LIBRARY["scale_invariant"]),
+    "rlw": entry(LIBRARY["rlw"]),
+    "dwa": entry(LIBRARY["dwa"]._replace(asks=("steps_per_epoch",))),
+    "uncertainty_weighting": Entry(Method(uncertainty, asks=("learning_rate",)), "losses"),
+    "famo": entry(LIBRARY["famo"]),
+    "go4align": entry(LIBRARY["go4align"]),
     "ldc_mtl": Entry(Method(_ldc(), asks=("penalty",)), "losses"),
     # f compares the tasks in a new order at each step.
     "ldc_mtl_shuffle": Entry(Method(_ldc(shuffle=True), asks=("penalty",)), "losses"),
-    **{name: _entry(LIBRARY[name]) for name in _BY_ROWS},
+    **{name: entry(LIBRARY[name]) for name in _BY_ROWS},
     # The bounds of their authors' codes: the update does not vanish with J.
-    "nash_mtl": _entry(LIBRARY["nash_mtl"].using(max_norm=1.0)),
-    "fairgrad": _entry(LIBRARY["fairgrad"].using(max_norm=1.0)),
+    "nash_mtl": entry(LIBRARY["nash_mtl"].using(max_norm=1.0)),
+    "fairgrad": entry(LIBRARY["fairgrad"].using(max_norm=1.0)),
     # The sum of the balanced rows.
-    "aligned_mtl": _entry(_ALIGNED),
-    "upgrad": _entry(LIBRARY["upgrad"]),
-    "moco": _entry(LIBRARY["moco"]),
-    **{f"cr_{name}": _entry(_averaged(LIBRARY[name])) for name in ("mgda", "pcgrad", "cagrad")},
+    "aligned_mtl": entry(_ALIGNED),
+    "upgrad": entry(LIBRARY["upgrad"]),
+    "moco": entry(LIBRARY["moco"]),
+    **{f"cr_{name}": entry(averaged(LIBRARY[name])) for name in ("mgda", "pcgrad", "cagrad")},
     # At the features of the batch, which one pass backwards takes to the trunk.
-    "mgda_ub": _entry(LIBRARY["mgda"], "features"),
-    "aligned_mtl_ub": _entry(_ALIGNED, "features"),
+    "mgda_ub": entry(LIBRARY["mgda"], "features"),
+    "aligned_mtl_ub": entry(_ALIGNED, "features"),
 }
 # In the order of the paper's table.
 PAPER = (

@@ -143,8 +143,8 @@ def jacobian_program(options: Options) -> Jacobian:
         pull = forward(*args)[-1]
         return keep(stack([jax.block_until_ready(backward(pull, unit)) for unit in units]))
 
-    counts = flops_of(forward), flops_of(backward)
-    flops = None if None in counts else counts[0] + M * counts[1]  # type: ignore[operator]
+    once, each = flops_of(forward), flops_of(backward)
+    flops = None if once is None or each is None else once + M * each
     memory = [executable.memory_analysis() for executable in (forward, backward)]
     held = sum(x.nbytes for x in jax.tree.leaves(pull))  # what the passes backwards read
     temporary = max(m.temp_size_in_bytes for m in memory) + held if all(memory) else None

@@ -15,8 +15,10 @@ import optax
 import jaxmtl
 from experiments.checkpoints import Checkpoint
 from experiments.faces.data import ATTRIBUTES, SIZE, Faces, Split
-from experiments.faces.methods import METHODS, SINGLE, Entry, Known
+from experiments.faces.methods import METHODS, SINGLE, Known
 from experiments.faces.networks import Network
+from experiments.images import minibatches
+from experiments.methods import Entry
 from experiments.study import Record, Say, config_of
 
 Params = Any  # {"shared": ..., "heads": ...}
@@ -405,16 +407,9 @@ def cosines(
 
 
 def batches(number: int, options: Options, rng: np.random.Generator) -> np.ndarray:
-    """Returns the faces (steps, b) of an epoch's minibatches; what fills none is left out."""
-    steps = number // options.batch_size
-    if steps == 0:
-        raise SystemExit(
-            f"expected at least {options.batch_size} faces for a batch, got {number}; pass a "
-            "smaller --batch-size"
-        )
-    order = rng.permutation(number)[: steps * options.batch_size]
-    # Within a batch in the order in which they lie in the file.
-    return np.sort(order.reshape(steps, options.batch_size)[: options.max_steps], axis=1)
+    """Returns the faces (steps, b) of an epoch, in a batch in the order in which they lie."""
+    order = minibatches(number, options.batch_size, rng, "faces")
+    return np.sort(order[: options.max_steps], axis=1)
 
 
 def read(faces: Faces, index: np.ndarray) -> Batch:

@@ -8,7 +8,7 @@ import optax
 
 import jaxmtl
 from experiments import methods
-from experiments.methods import Method, needs
+from experiments.methods import Entry, Method, averaged, entry, uncertainty
 
 SINGLE = "single_task"  # a network per task; on the same footing as the methods in records
 
@@ -19,29 +19,6 @@ class Known(NamedTuple):
     dataset: str
     feature_size: int  # channels of z
     learning_rate: optax.Schedule  # of the network's Adam
-
-
-class Entry(NamedTuple):
-    """A method and its route.
-
-    Routes: ``"losses"``, one backward pass of the weighted loss; ``"rows"``, the gradients of all
-    parameters that are not heads; ``"features"``, gradients at z; ``"layer"``, the Gramian of the
-    last shared layer alone.
-    """
-
-    method: Method
-    route: str
-
-    def build(self, num_tasks: int, known: Known) -> Any:
-        """Returns the aggregator, which logs weights where it has them."""
-        return self.method.build(num_tasks, **known._asdict())
-
-
-def _uncertainty(m: int, learning_rate: optax.Schedule) -> Any:
-    # exp(-s) l + s / 2 for every task, s stepped by the network's optimizer.
-    return jaxmtl.uncertainty_weighting(
-        "classification", num_tasks=m, optimizer=optax.adam(learning_rate)
-    )
 
 
 def _gradnorm(m: int, learning_rate: optax.Schedule) -> Any:
@@ -96,14 +73,6 @@ def _tracked(rule: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def _averaged(rule: Method) -> Method:
-    return rule.then(lambda aggregator, m: jaxmtl.cr_mogm(aggregator, num_tasks=m))
-
-
-def _entry(method: Method, route: str = "") -> Entry:
-    return Entry(method, route or ("losses" if needs(method) == "none" else "rows"))
-
-
 _LIBRARY = methods.METHODS
 _CAGRAD = {"c": 0.4}
 _BY_LOSSES = ("scale_invariant", "rlw", "go4align")
@@ -111,25 +80,23 @@ _BY_ROWS = ("mgda", "pcgrad", "gradvac", "cagrad", "imtl_g", "fairgrad", "graddr
 
 METHODS: dict[str, Entry] = {
     # The sum of the losses.
-    "linear_scalarization": _entry(
+    "linear_scalarization": entry(
         Method(lambda m: jaxmtl.linear_scalarization(jnp.ones(m), num_tasks=m))
     ),
-    **{name: _entry(_LIBRARY[name]) for name in _BY_LOSSES},
-    "dwa": _entry(_LIBRARY["dwa"].using(window=25)),
-    "uncertainty_weighting": Entry(Method(_uncertainty, asks=("learning_rate",)), "losses"),
+    **{name: entry(_LIBRARY[name]) for name in _BY_LOSSES},
+    "dwa": entry(_LIBRARY["dwa"].using(window=25)),
+    "uncertainty_weighting": Entry(Method(uncertainty, asks=("learning_rate",)), "losses"),
     "famo": Entry(Method(_famo, ("previous_batch_losses",), asks=("dataset",)), "losses"),
     "ldc_mtl": Entry(Method(_ldc, asks=("dataset", "learning_rate")), "losses"),
     "ldc_mtl_router": Entry(
         Method(_ldc, asks=("dataset", "learning_rate", "feature_size")), "features"
     ),
     "gradnorm": Entry(Method(_gradnorm, asks=("learning_rate",)), "layer"),
-    **{name: _entry(_LIBRARY[name]) for name in _BY_ROWS},
+    **{name: entry(_LIBRARY[name]) for name in _BY_ROWS},
     # The bound of the authors' codes: the update does not vanish with J.
-    "nash_mtl": _entry(_LIBRARY["nash_mtl"].using(max_norm=1.0)),
+    "nash_mtl": entry(_LIBRARY["nash_mtl"].using(max_norm=1.0)),
     # The sum of the balanced rows.
-    "aligned_mtl": _entry(
-        Method(lambda m: jaxmtl.aligned_mtl(preference=jnp.ones(m), num_tasks=m))
-    ),
+    "aligned_mtl": entry(Method(lambda m: jaxmtl.aligned_mtl(preference=jnp.ones(m), num_tasks=m))),
     "moco": Entry(Method(_moco, asks=("dataset",)), "rows"),
     "moco_pcgrad": Entry(Method(_tracked(jaxmtl.pcgrad), asks=("dataset",)), "rows"),
     "moco_cagrad": Entry(
@@ -138,14 +105,14 @@ METHODS: dict[str, Entry] = {
         ),
         "rows",
     ),
-    **{f"cr_{name}": _entry(_averaged(_LIBRARY[name])) for name in ("mgda", "pcgrad", "cagrad")},
+    **{f"cr_{name}": entry(averaged(_LIBRARY[name])) for name in ("mgda", "pcgrad", "cagrad")},
     # At the features. On MTAN and Cross-Stitch every loss reads its own: the Gramian is diagonal,
     # so that these weigh by norms alone, and GradDrop drops nothing.
-    "mgda_ub": _entry(_LIBRARY["mgda"], "features"),
-    "aligned_mtl_ub": _entry(
+    "mgda_ub": entry(_LIBRARY["mgda"], "features"),
+    "aligned_mtl_ub": entry(
         Method(lambda m: jaxmtl.aligned_mtl(preference=jnp.ones(m), num_tasks=m)), "features"
     ),
-    "graddrop_ub": _entry(
+    "graddrop_ub": entry(
         Method(lambda m: jaxmtl.graddrop(activations=True, leak=jnp.full(m, 0.5), num_tasks=m)),
         "features",
     ),

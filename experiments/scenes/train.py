@@ -14,6 +14,8 @@ import optax
 
 import jaxmtl
 from experiments.checkpoints import Checkpoint
+from experiments.images import minibatches
+from experiments.methods import Entry
 from experiments.scenes.benchmarks import (
     BENCHMARKS,
     LOSSES,
@@ -25,7 +27,7 @@ from experiments.scenes.benchmarks import (
     table_row,
 )
 from experiments.scenes.data import Source, prepare, read_ahead
-from experiments.scenes.methods import METHODS, SINGLE, Entry, Known
+from experiments.scenes.methods import METHODS, SINGLE, Known
 from experiments.scenes.networks import Predictions, is_own, last_shared_layer, make_network
 from experiments.study import Record, Say, config_of
 from experiments.weights import Arrays, load_encoder
@@ -321,15 +323,8 @@ def figures_of(gramian: jax.Array) -> dict[str, jax.Array]:
 
 
 def batches(size: int, options: Options, rng: np.random.Generator) -> np.ndarray:
-    """Returns the scenes (steps, b) of an epoch's minibatches; what fills none is left out."""
-    steps = size // options.batch_size
-    if steps == 0:
-        raise ValueError(
-            f"expected at least {options.batch_size} scenes for a batch, got {size}; pass a "
-            "smaller --batch-size"
-        )
-    order = rng.permutation(size)[: steps * options.batch_size]
-    return order.reshape(steps, options.batch_size)[: options.max_steps]
+    """Returns the scenes (steps, b) of an epoch."""
+    return minibatches(size, options.batch_size, rng, "scenes")[: options.max_steps]
 
 
 def evaluate(

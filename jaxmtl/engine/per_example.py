@@ -146,6 +146,7 @@ class Pass:
         pulled = jax.vmap(lambda rows: pull(rows)[0])(list(totals.values()))
         found: Rows = {}
         for v, rows in zip(inputs, pulled, strict=True):
+            # The plan makes roots of slices of leaves alone, which the type does not tell.
             leaf: Any = v.origin.leaf  # type: ignore[union-attr]
             found[leaf] = found[leaf] + rows if leaf in found else rows
         return found
