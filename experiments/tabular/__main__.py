@@ -121,10 +121,10 @@ study = Study(
     name="tabular",
     commands=(
         "--out experiments/results",
-        "--datasets sarcos rf1 --data-dir DIR --out experiments/results",
+        "--datasets sarcos rf1 water_quality --data-dir DIR --out experiments/results",
     ),
     methods=(SINGLE, *METHODS),
-    figures=("census.png", "yeast.png", "sarcos.png", "rf1.png"),
+    figures=("census.png", "yeast.png", "sarcos.png", "rf1.png", "water_quality.png"),
     plan=lambda args: [part_of(name, args) for name in args.datasets],
     report=report,
     claims=claims,
