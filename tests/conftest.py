@@ -1,3 +1,4 @@
+import gc
 import os
 
 import jax
@@ -5,10 +6,18 @@ import pytest
 
 # The tests compile much and compute little: these flags take a sixth of the compile time. Where
 # XLA_FLAGS is set, to nothing for instance, they run with the compiler's own defaults.
-_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+_FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 if jax.__version_info__ < (0, 11):  # later compilers end the process at a flag that is gone
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
+
+# Traced programs are many small objects that live long: to look through them again and again for
+# cycles takes a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxmtl
 from tests.methods import BY_NAME, INPUTS, METHODS
+from tests.methods import KINDS as KINDS_OF_RULES
 
 TASKS = 5
 BATCH = 16
@@ -112,9 +113,12 @@ def inputs_of(name, losses, cross):
     return inputs | {"cross_gramian": cross} if "cross_gramian" in inputs else inputs
 
 
+tested = {method.name for method in METHODS}
+
+
 @functools.cache
 def rules(route):
-    made = {method.name: method.make(TASKS) for method in METHODS}
+    made = {method.name: method.make(TASKS) for method in METHODS if method.name in tested}
     return {name: rule for name, rule in made.items() if route == "rows" or rule.weighting}
 
 
@@ -688,6 +692,9 @@ def main(jobs):
         print(table())
         return
     jax.config.update("jax_enable_x64", True)
+    if jobs[0] == "kinds":  # one rule of each kind
+        tested.intersection_update(KINDS_OF_RULES)
+        jobs = jobs[1:]
     for job in jobs:
         kind, *rest = job.split(":")
         print(json.dumps(JOBS[kind](*rest)), flush=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import pytest
 
 import jaxmtl
 
@@ -119,6 +120,30 @@ INPUTS = {
 }
 
 BY_NAME = {method.name: method for method in METHODS}
+
+# One of each kind of computation: fixed weights, quadratic programs, random orders, singular
+# values, equations of bargaining, a pseudo-inverse, coordinates without and with a state, losses
+# with a state, heads of their own, a cross-Gramian, learned weights.
+KINDS = (
+    "linear_scalarization",
+    "mgda",
+    "upgrad",
+    "pcgrad",
+    "aligned_mtl",
+    "nash_mtl",
+    "config",
+    "graddrop",
+    "moco",
+    "famo",
+    "imtl",
+    "sdmgrad",
+    "ldc_mtl",
+)
+
+
+def sweep(names, quick=KINDS):
+    """Parameters for a test of many methods that compiles much: one of each kind is quick."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in quick)) for name in names]
 
 
 def table() -> str:

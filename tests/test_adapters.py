@@ -108,11 +108,15 @@ def test_an_adapter_in_equinox():
     optimizer = optax.chain(jaxmtl.upgrad(), optax.sgd(0.1))
     jaxmtl.check(optimizer, trained, num_tasks=2)
     state, first = optimizer.init(trained), losses_fn(trained)
-    step = jax.jit(jaxmtl.value_and_jacobian(losses_fn))
-    for _ in range(20):
-        losses, jacobian = step(trained)
+
+    @jax.jit
+    def step(trained, state):
+        losses, jacobian = jaxmtl.value_and_jacobian(losses_fn)(trained)
         updates, state = optimizer.update(jacobian, state, trained, losses=losses)
-        trained = jaxmtl.apply_updates(trained, updates)
+        return jaxmtl.apply_updates(trained, updates), state
+
+    for _ in range(20):
+        trained, state = step(trained, state)
     assert jnp.all(losses_fn(trained) < first)
     assert len(jax.tree.leaves(trained)) == 2
 

@@ -159,7 +159,14 @@ def several(p, x):
     return h.reshape(2, -1)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2), (1,)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((4,), marks=pytest.mark.slow),
+        (2, 2),
+        pytest.param((1,), marks=pytest.mark.slow),
+    ],
+)
 def test_losses_of_any_shape_per_example(shape, x64):
     params = {"w": normal(1, 3, 5), "b": normal(2, 5), "v": normal(3, 5, 2), "own": normal(6, N, 2)}
 

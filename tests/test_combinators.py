@@ -85,7 +85,9 @@ def test_corollary_1_where_nothing_moved():
     np.testing.assert_allclose(weights_over(aggregator, gramians(2)), 1 / 3)
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "cagrad", "upgrad"])
+@pytest.mark.parametrize(
+    "name", ["pcgrad", "upgrad", pytest.param("cagrad", marks=pytest.mark.slow)]
+)
 def test_cr_mogm_wraps_any_weighting(name):
     inner = jaxmtl.cagrad(0.5) if name == "cagrad" else getattr(jaxmtl, name)()
     sequence = gramians(3)
@@ -107,7 +109,7 @@ def test_cr_mogm_keeps_the_weights_of_absent_tasks():
 
 
 @pytest.mark.parametrize("start", [None, "first", np.array([0.5, 0.2, 0.3])])
-@pytest.mark.parametrize("name", ["mgda", "upgrad"])
+@pytest.mark.parametrize("name", ["mgda", pytest.param("upgrad", marks=pytest.mark.slow)])
 def test_cr_mogm_with_an_absent_task_is_the_run_on_the_others(name, start):
     """Whatever the weights of the rule sum to; the one that returns has its share of the total."""
     inner, sequence = getattr(jaxmtl, name)(), gramians(6)

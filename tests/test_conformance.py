@@ -10,16 +10,11 @@ import optax
 import pytest
 
 import jaxmtl
-from tests.methods import BY_NAME, METHODS
+from tests.methods import BY_NAME, METHODS, sweep
 from tests.problems import flat, inputs_of, params_of, rows_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
 WEIGHTED = [method.name for method in METHODS if method.weighted]
-# Programs with nine copies of a solver compile for long; combinators see no difference in them.
-COMBINED = [
-    pytest.param(name, marks=[pytest.mark.slow] * (BY_NAME[name].solver and name != "upgrad"))
-    for name in WEIGHTED
-]
 
 
 def matrix_of(m, seed=0, kind="generic"):
@@ -76,7 +71,7 @@ def test_update_has_the_shape_of_params_and_state_never_changes_form(name, x64):
         chex.assert_trees_all_equal_shapes_and_dtypes(weighting_state, state)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES))
 def test_trains_a_trunk_with_heads_under_scan_and_vmap_over_seeds(name):
     m = tasks_of(name)
     groups = {
@@ -313,7 +308,7 @@ def test_wrong_input_is_a_sentence(name):
 
 # The rules on losses share one wrapper: one of them stands for all.
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if n == "famo" or BY_NAME[n].inputs[:1] != ("losses",)]
+    "name", sweep(n for n in NAMES if n == "famo" or BY_NAME[n].inputs[:1] != ("losses",))
 )
 def test_weights_carry_no_gradient_and_compose_with_grad(name):
     """grad of something around a step works, with the weights held fixed."""
@@ -339,7 +334,10 @@ def test_fixed_weights_without_num_tasks_have_no_state():
     np.testing.assert_array_equal(update, 0)
 
 
-@pytest.mark.parametrize("name", COMBINED)
+# Programs with nine copies of a solver compile for long; combinators see no difference in them.
+@pytest.mark.parametrize(
+    "name", sweep(WEIGHTED, ("linear_scalarization", "upgrad", "pcgrad", "famo", "imtl", "ldc_mtl"))
+)
 def test_combinators_in_their_neutral_form_are_the_bare_rule(name, x64):
     """On every route, heads included: with the Jacobian, with the Gramian alone, without either."""
     m = tasks_of(name)

@@ -452,7 +452,13 @@ def test_every_method_takes_the_same_jacobian(mtan):
             np.testing.assert_allclose(flat.T @ weights, moved, atol=1e-3 * abs(moved).max())
 
 
-@pytest.mark.parametrize("name", ["famo", "aligned_mtl", "aligned_mtl_ub", "gradnorm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aligned_mtl_ub",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("famo", "aligned_mtl", "gradnorm")),
+    ],
+)
 def test_a_compiled_step_of_each_route(mtan, name):
     model, *_ = mtan
     options = tiny("nyuv2")

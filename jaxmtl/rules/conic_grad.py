@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, checks, solvers, tasks
+from jaxmtl.compiled import compiled
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator
 
@@ -33,6 +34,7 @@ def _choose(condition: jax.Array, first: _Point, second: _Point) -> _Point:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), first, second)
 
 
+@compiled()
 def enter_cone(
     gramian: jax.Array, cosine: jax.Array, reference: jax.Array, mask: jax.Array
 ) -> solvers.Solution:

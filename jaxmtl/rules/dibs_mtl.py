@@ -5,8 +5,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, checks, linalg, solvers
+from jaxmtl.compiled import compiled
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator
+
+
+@compiled("num_steps")
+def _bargain(
+    unit: jax.Array, usable: jax.Array, step_size: jax.Array | float, num_steps: int
+) -> jax.Array:
+    """Returns the (m,) coefficients of ``-delta`` in the unit rows, from their (m, m) cosines."""
+    m, dtype = unit.shape[0], unit.dtype
+
+    def pull(_: int, amounts: jax.Array) -> jax.Array:  # delta = -sum_i amounts_i u_i
+        wishes = jnp.eye(m, dtype=dtype) - amounts[None, :]
+        squares = jnp.sum((wishes @ unit) * wishes, 1)
+        distances = jnp.sqrt(jnp.maximum(squares, 0))
+        amounts = amounts + jnp.where(usable, step_size * distances, 0)
+        square = amounts @ unit @ amounts
+        return amounts / jnp.sqrt(jnp.maximum(square, 1))
+
+    return lax.fori_loop(0, num_steps, pull, jnp.zeros((m,), dtype))
 
 
 @method("a few steps of bargaining on the cosines of the gradients", "Murthy 2025")
@@ -58,17 +77,7 @@ def dibs_mtl(
     def weigh(gramian: jax.Array, task_mask: jax.Array, log2_scale: jax.Array) -> jax.Array:
         unit, norms, zero = solvers.row_normalized(gramian)
         usable = task_mask & ~zero
-        m, dtype = gramian.shape[0], gramian.dtype
-
-        def pull(_: int, amounts: jax.Array) -> jax.Array:  # delta = -sum_i amounts_i u_i
-            wishes = jnp.eye(m, dtype=dtype) - amounts[None, :]
-            squares = jnp.sum((wishes @ unit) * wishes, 1)
-            distances = jnp.sqrt(jnp.maximum(squares, 0))
-            amounts = amounts + jnp.where(usable, step_size * distances, 0)
-            square = amounts @ unit @ amounts
-            return amounts / jnp.sqrt(jnp.maximum(square, 1))
-
-        amounts = lax.fori_loop(0, num_steps, pull, jnp.zeros((m,), dtype))
+        amounts = _bargain(unit, usable, step_size, num_steps)
         return linalg.ldexp(jnp.where(usable, amounts / norms, 0), -log2_scale)
 
     return base.from_weighting(weigh, num_tasks=num_tasks)

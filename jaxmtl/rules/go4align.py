@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, checks, tasks
+from jaxmtl.compiled import compiled
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator
 
 
+@compiled("num_groups")
 def group_means(values: jax.Array, num_groups: int, task_mask: jax.Array) -> jax.Array:
     """Replaces numbers by the means of their groups under the best grouping of a line.
 

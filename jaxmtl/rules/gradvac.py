@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, checks, linalg, tasks
+from jaxmtl.compiled import compiled
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator, PyTree
 
@@ -23,6 +24,7 @@ class GradVacState(NamedTuple):
     target: jax.Array
 
 
+@compiled()
 def vaccinate_in_order(
     gramian: jax.Array,
     target: jax.Array,

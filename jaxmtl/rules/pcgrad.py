@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, checks, tasks
+from jaxmtl.compiled import compiled
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator, RandomState
 
 
+@compiled()
 def projected_rows(
     gramian: jax.Array, orders: jax.Array, task_mask: jax.Array | None = None
 ) -> jax.Array:

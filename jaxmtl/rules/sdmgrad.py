@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import base, checks, tasks
+from jaxmtl.compiled import compiled
 from jaxmtl.registry import method
 from jaxmtl.types import Aggregator
 
@@ -19,6 +20,26 @@ class SDMGradState(NamedTuple):
     """
 
     simplex_weights: jax.Array
+
+
+@compiled("num_steps")
+def _descend(
+    cross: jax.Array,
+    pull: jax.Array,
+    start: jax.Array,
+    task_mask: jax.Array,
+    eta: jax.Array | float,
+    inertia: jax.Array | float,
+    num_steps: int,
+) -> jax.Array:
+    """Returns the (m,) simplex weights after the steps, with ``pull`` the weights lambda p."""
+
+    def step(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        w, velocity = carry
+        velocity = inertia * velocity + cross @ (w + pull)
+        return tasks.project_finite(w - eta * velocity, task_mask), velocity
+
+    return lax.fori_loop(0, num_steps, step, (start, jnp.zeros_like(start)))[0]
 
 
 @method("common direction near a preferred one, from independent batches", "Xiao 2023")
@@ -102,13 +123,7 @@ def sdmgrad(
             cross = cross_gramian / (jnp.mean(roots, where=task_mask) ** 2 + 1e-8)
         pull = lam * tasks.shares(preference, task_mask, cross_gramian.dtype)
         start = tasks.on_present(state.simplex_weights.astype(cross_gramian.dtype), task_mask)
-
-        def step(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            w, velocity = carry
-            velocity = inertia * velocity + cross @ (w + pull)
-            return tasks.project_finite(w - eta * velocity, task_mask), velocity
-
-        w, _ = lax.fori_loop(0, num_steps, step, (start, jnp.zeros_like(start)))
+        w = _descend(cross, pull, start, task_mask, eta, inertia, num_steps)
         kept = jnp.where(task_mask, w, state.simplex_weights)
         return (w + pull) / (1 + lam), SDMGradState(kept)
 

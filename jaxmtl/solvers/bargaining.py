@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl.compiled import compiled
 from jaxmtl.solvers.nonneg_qp import Solution
 from jaxmtl.solvers.quadratic import row_normalized
 
 _STEP_LENGTHS = tuple(0.5**k for k in range(8))
 
 
+@compiled()
 def bargaining(
     gramian: jax.Array, exponent: jax.Array | float, mask: jax.Array | None = None
 ) -> Solution:

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl.compiled import compiled
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
 from jaxmtl.solvers.quadratic import min_norm, row_normalized
 
 
+@compiled()
 def worst_improvement(
     gramian: jax.Array,
     radius: jax.Array | float,

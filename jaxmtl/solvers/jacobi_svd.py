@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxmtl import linalg
+from jaxmtl.compiled import compiled
 from jaxmtl.solvers.quadratic import row_normalized
 
 
@@ -32,6 +33,7 @@ class SingularSystem(NamedTuple):
     residual: jax.Array
 
 
+@compiled()
 def singular_system(gramian: jax.Array, mask: jax.Array | None = None) -> SingularSystem:
     """Computes U and sigma of ``J = U diag(sigma) V^T`` from ``G = J J^T``.
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl.compiled import compiled
+
 
 class LinearSolution(NamedTuple):
     """What `linear_program` returns.
@@ -27,6 +29,7 @@ def _row_scales(rows: jax.Array, bounds: jax.Array) -> jax.Array:
     return jnp.where(largest > 0, largest, 1)
 
 
+@compiled()
 def linear_program(
     cost: jax.Array, rows: jax.Array, bounds: jax.Array, *, allowed: jax.Array | None = None
 ) -> LinearSolution:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl.compiled import compiled
+
 # Bytes of one array of faces in the active-set method; about four of them are alive.
 _CHUNK_BYTES = 2**25
 # Matrices larger than _SMALL meet _BLOCK right-hand sides at a time.
@@ -317,6 +319,7 @@ def _in_blocks(
     return join(x), join(solved)
 
 
+@compiled("steps", "chunk_size")
 def nonneg_qp(
     matrix: jax.Array,
     linear: jax.Array,

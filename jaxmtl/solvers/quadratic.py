@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxmtl.compiled import compiled
 from jaxmtl.solvers.nonneg_qp import Solution, nonneg_qp
 
 
@@ -32,6 +33,7 @@ def row_normalized(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]
     return unit, norms, zero
 
 
+@compiled()
 def min_norm(gramian: jax.Array, mask: jax.Array | None = None) -> Solution:
     """Solves ``argmin_{w in simplex} w^T G w``, the point of least norm in a convex hull.
 
@@ -67,6 +69,7 @@ def min_norm(gramian: jax.Array, mask: jax.Array | None = None) -> Solution:
     return Solution(weights, jnp.where(count > 0, 0, residual[0]))
 
 
+@compiled()
 def project_dual_cone(
     gramian: jax.Array, lower: jax.Array, mask: jax.Array | None = None
 ) -> Solution:
