@@ -18,6 +18,7 @@ PACKAGE = Path(jaxmtl.__file__).parent
 # Each layer imports only from those before it, and never in a circle within itself.
 LAYERS = (
     "types",
+    "compiled",
     "linalg",
     "solvers",
     "checks",
