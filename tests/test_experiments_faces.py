@@ -21,6 +21,7 @@ from experiments.faces import data, published, report, timing, train  # noqa: E4
 from experiments.faces.methods import METHODS, PAPER, Known  # noqa: E402
 from experiments.faces.networks import Network  # noqa: E402
 from experiments.study import append_records, read_records  # noqa: E402
+from tests.methods import sweep  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("faces")
 
@@ -207,7 +208,9 @@ def test_rows_are_the_gradients_of_the_cross_entropies(forty):
     np.testing.assert_allclose(losses, (ahead + behind) / 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n, entry in METHODS.items() if entry.route != "features"])
+@pytest.mark.parametrize(
+    "name", sweep(n for n, entry in METHODS.items() if entry.route != "features")
+)
 def test_every_method_takes_the_same_forty_rows(forty, name):
     *_, losses, _, rows = forty
     matrix = flat(rows["shared"], (40,)).astype(np.float32)

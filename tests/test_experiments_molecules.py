@@ -24,6 +24,7 @@ from experiments.molecules.methods import (  # noqa: E402
 from experiments.molecules.networks import Graphs, MessagePassing, Network  # noqa: E402
 from experiments.molecules.published import DELTA_M, PUBLISHED  # noqa: E402
 from experiments.study import append_records  # noqa: E402
+from tests.methods import sweep  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("molecules")
 
@@ -199,7 +200,7 @@ def flat(tree, rows=()):
     return np.concatenate([np.reshape(x, (*rows, -1)) for x in jax.tree.leaves(tree)], axis=-1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sweep(METHODS))
 def test_every_rule_takes_the_rows_of_the_network(problem, name):
     params, losses, rows, *_ = problem
     rule = METHODS[name].build(11, steps_per_epoch=3)
