@@ -86,6 +86,7 @@ def test_the_census_objectives_are_those_of_numpy(x64):
     np.testing.assert_allclose(found, [entropy, disparity], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_pareto_sets(tmp_path, capsys):
     pareto_set.main(["--steps", "60", "--out", str(tmp_path)])
     records = records_of(tmp_path / "pareto_set" / "volumes.jsonl")
@@ -100,6 +101,7 @@ def test_pareto_sets(tmp_path, capsys):
     assert (tmp_path / "pareto_set" / "fronts.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_physics(tmp_path, monkeypatch, capsys):
     """Beside a made-up reference that has the initial values and fades, as the solution does."""
     x, t = np.linspace(-1, 1, 9), np.linspace(0, 1, 5)

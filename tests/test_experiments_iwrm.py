@@ -129,6 +129,7 @@ def test_climb_says_when_nothing_trains():
 # --- steps
 
 
+@pytest.mark.slow
 def test_the_shared_program_takes_every_rules_own_step():
     params, batch = linear_problem()
     (weighted, *single) = train.programs(list(iwrm.METHODS))

@@ -240,6 +240,7 @@ def test_each_component_has_its_own_rule_and_state(updated):
     assert [x.shape for x in states[0]] != [x.shape for x in states[1]]
 
 
+@pytest.mark.slow
 def test_agents_of_their_own_share_nothing():
     learner = make_learner(SMALL, SINGLE, O, A)
     agent, key = learner.init(jax.random.key(0)), jax.random.key(1)
@@ -294,7 +295,7 @@ def test_actions_with_and_without_noise():
 TEN = replace(metaworld.PRESETS["MT10"], widths=(24, 24))
 # Every rule reads one gradient of each task on its own batch, which the mean needs as well: none
 # needs a further pass, so that none is excused from the bound.
-CHEAP = ("cagrad_moco", "upgrad")
+CHEAP = ("upgrad",)
 
 
 @pytest.fixture(scope="module")
@@ -628,6 +629,7 @@ def test_an_episode_of_the_simulator_depends_on_its_key_alone():
 # --- the example --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_example_of_a_loop_logs_by_name_and_helps_the_quiet_tasks(capsys):
     multi_task_ppo.main(60)
     *lines, conclusion = capsys.readouterr().out.splitlines()

@@ -270,6 +270,7 @@ def test_ldc_has_the_numbers_of_its_code_for_qm9():
 # --- training -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_epoch_of_one_step_is_adams(problem):
     params, _, _, part, split = problem
     number = len(part.sizes)

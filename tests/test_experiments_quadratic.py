@@ -59,6 +59,7 @@ def test_expected_direction_is_that_of_the_closed_form(name, rule):
         np.testing.assert_allclose(record["at_start"], [0, 16 / 65], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
     arguments = ["--smoke", "--out", str(tmp_path), "--methods", "mgda"]
     study.study.main(arguments)

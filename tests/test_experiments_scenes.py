@@ -1228,6 +1228,7 @@ def test_results_without_single_tasks_have_no_delta_m(tmp_path):
     assert all(row[1] == "" for row in report.drops_table(setup).rows)
 
 
+@pytest.mark.slow
 def test_a_study_runs_resumes_and_reports(tmp_path, capsys):
     """One smoke run with a method by rows, cut after its first epoch and resumed."""
     start = ["--smoke", "--dataset", "cityscapes2", "--network", "segnet", "--out", str(tmp_path)]

@@ -14,6 +14,7 @@ NAMES = (
     *("quickstart", "rules_tour", "instance_wise", "balancing"),
     *("flax", "choosing", "pareto_front", "physics"),
 )
+QUICK = ("quickstart", "flax", "pareto_front")  # half a minute together; the others are slow
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 pytestmark = pytest.mark.xdist_group("notebooks")
 
@@ -66,7 +67,9 @@ def test_committed_notebook(name):
     assert not re.search(r"Warning|Traceback|/home/|/work/|/tmp/|/usr/", "".join(texts(cells)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in NAMES]
+)
 def test_execution_repeats_the_committed_text(name):
     committed = texts(code_cells(read(name)))
     fresh = read(name)
