@@ -21,7 +21,16 @@ from experiments.claims import VERDICTS, Claim
 from experiments.study import Study
 
 RESULTS = Path(__file__).parent / "results"
-STUDIES = ("toy", "stochastic_quadratic", "multimnist", "iwrm", "tabular", "domains", "faces", "metaworld")
+STUDIES = (
+    "toy",
+    "stochastic_quadratic",
+    "multimnist",
+    "iwrm",
+    "tabular",
+    "domains",
+    "faces",
+    "metaworld",
+)
 MARK = "<!-- From here on printed by `python -m experiments.report` from the records. -->\n"
 
 
