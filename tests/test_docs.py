@@ -353,7 +353,8 @@ def test_docstrings_say_when_to_use_a_method(name):
 def test_ci_walks_the_path_of_a_newcomer_and_builds_the_site():
     """`.ci/newcomer` runs README's and the guide's own words in a new environment."""
     ci, newcomer = ((ROOT / ".ci" / name).read_text() for name in ("run", "newcomer"))
-    assert "\nbash .ci/newcomer\n" in ci
+    assert "\nbash .ci/newcomer &\n" in ci
+    assert '\nwait "$newcomer"\n' in ci
     assert "-m sphinx -q -W notebooks " in ci
     assert "twine check --strict" in ci
     for page, words in (
