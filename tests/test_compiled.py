@@ -28,7 +28,7 @@ def count():
 NAMES = [method.name for method in METHODS if method.name != "every_k"]
 
 
-@pytest.mark.parametrize("name", sweep(NAMES, ("upgrad", "conic_grad", "pcgrad", "sdmgrad")))
+@pytest.mark.parametrize("name", sweep(NAMES, ("upgrad", "pcgrad")))
 def test_a_later_call_outside_jit_compiles_nothing(name):
     m, params = tasks_of(name), params_of()
     rule, inputs = BY_NAME[name].make(m), inputs_of(name, m)

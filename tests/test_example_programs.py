@@ -133,6 +133,7 @@ def test_the_physics_conclusion_counts_pairs_of_runs():
     assert physics_informed.conclude(records) == "p: better than the mean upgrad; worse mgda."
 
 
+@pytest.mark.slow
 def test_gauss_newton(tmp_path, capsys):
     gauss_newton.main(["--steps", "200", "--out", str(tmp_path)])
     records = records_of(tmp_path / "gauss_newton" / "runs.jsonl")
@@ -145,6 +146,7 @@ def test_gauss_newton(tmp_path, capsys):
     assert (tmp_path / "gauss_newton" / "curve.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_programs_without_files(capsys):
     adversarial_pair.main(20)
     assert "The domain is hidden by: " in capsys.readouterr().out

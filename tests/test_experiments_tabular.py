@@ -304,6 +304,7 @@ def test_relative_error_is_that_of_the_mean_of_training():
     )
 
 
+@pytest.mark.slow
 def test_a_regression_is_trained_chosen_and_reported_by_its_error(tmp_path, capsys):
     start = ["--smoke", "--out", str(tmp_path), "--datasets", "water_quality"]
     tabular.study.main([*start, "--methods", "single_task", "linear_scalarization", "mgda"])

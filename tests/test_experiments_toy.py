@@ -119,6 +119,7 @@ def test_closed_form_of_imtl_stops_at_the_front_where_the_pseudo_inverse_slides(
     np.testing.assert_allclose(inverse, [5, 0], rtol=1e-12)  # (9 + 1) / (3 - 1)
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
     arguments = ["--smoke", "--out", str(tmp_path), "--parts", "bias"]
     toy.study.main(arguments)
