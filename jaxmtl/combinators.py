@@ -225,7 +225,8 @@ def every_k(aggregator: Aggregator, k: int, *, num_tasks: int | None = None) -> 
 
     Returns:
       An `Aggregator` whose inner state is an `EveryKState`. The solver is skipped in between;
-      the Gramian, an input here, is not. What a rule does with its weights at every step, such as
+      the Gramian, an input here, is not. Compile the step: outside ``jit`` the choice whether to
+      renew compiles the rule at each call. What a rule does with its weights at every step, such as
       the ``max_norm`` of `nash_mtl`, is done in between too. A task absent when the weights were
       found keeps weight 0 until they are found again; where no task is present, they wait for the
       next step with one.

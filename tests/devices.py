@@ -1,6 +1,7 @@
 """Every rule on eight simulated devices beside one device; run in a process of its own.
 
 ``python -m tests.devices JOB...`` prints one JSON object per job; `tests.test_devices` reads them.
+After the word ``kinds`` the jobs take one rule of each kind in place of all.
 A job is ``KIND:LAYOUT:MODE:ROUTE``:
 
 * ``rules``: two steps of every rule. ROUTE ``rows``: the Jacobian; ``pieces``: `value_and_gramian`,
@@ -33,8 +34,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxmtl
-from tests.methods import BY_NAME, INPUTS, METHODS
-from tests.methods import KINDS as KINDS_OF_RULES
+from tests.methods import BY_NAME, INPUTS, KINDS, METHODS
 
 TASKS = 5
 BATCH = 16
@@ -113,7 +113,7 @@ def inputs_of(name, losses, cross):
     return inputs | {"cross_gramian": cross} if "cross_gramian" in inputs else inputs
 
 
-tested = {method.name for method in METHODS}
+tested = set(BY_NAME)
 
 
 @functools.cache
@@ -223,8 +223,8 @@ def deviations(updates):
     }
 
 
-KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({KINDS})(-start)?\(")
+OPERATIONS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({OPERATIONS})(-start)?\(")
 
 
 def collectives(program):
@@ -693,7 +693,7 @@ def main(jobs):
         return
     jax.config.update("jax_enable_x64", True)
     if jobs[0] == "kinds":  # one rule of each kind
-        tested.intersection_update(KINDS_OF_RULES)
+        tested.intersection_update(KINDS)
         jobs = jobs[1:]
     for job in jobs:
         kind, *rest = job.split(":")

@@ -123,6 +123,8 @@ def multi_steps(
     concatenated batches. The accumulators take m times the parameters' memory in at least float32,
     in which ``inner`` sees the mean.
 
+    Compile the step: outside ``jit``, to choose whether to take one compiles ``inner`` each time.
+
     Without the Jacobian there is nothing to accumulate: the Gramian of the mean rows is not a mean
     of Gramians. Let the losses function loop over the micro-batches instead, as
     ``jnp.mean(lax.map(jax.checkpoint(micro_losses), batches), axis=0)``.
