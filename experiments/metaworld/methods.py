@@ -75,8 +75,8 @@ def make_direction(
     """Makes the direction of a rule by the library's route of separate batches.
 
     Every gradient is computed once, on the batch of its own task. Parameters of one task alone
-    (``"heads"``) get their own gradient; the rule acts on the trunk. The mean takes one pass over
-    everything, as it needs no rows, but where it is monitored.
+    (``"heads"``) get their own gradient; the rule acts on the trunk. A rule with weights takes the
+    route without rows, but where it is monitored.
 
     Args:
       name: Of a method, or `SINGLE`, for parameters without a trunk.
@@ -125,13 +125,14 @@ def make_direction(
         kept = ("weights", "norms", "cosines", "conflict_rate")
         return *found, state, {part: log[part] for part in kept if part in log}
 
-    def mean_pass(params: Params, state: State, data: Any, key: jax.Array) -> Any:
-        del key
-        ((losses, aux), state), grads = value_and_grad(params, state, *data)
+    if needs(METHODS[name]) == "coordinates" or "heads" in axes[0]:
+        return Direction(rule.init, unwatched, monitored)
+
+    # The weights of the rule, without its rows where they are not logged: less to read and write.
+    value_and_grad = jaxmtl.value_and_grad(loss, aggregator, in_axes=axes, has_aux=True)
+
+    def by_weights(params: Params, state: State, data: Any, key: jax.Array) -> Any:
+        ((losses, aux), state), grads = value_and_grad(params, state, *data, key=key)
         return losses, aux, grads, state, {}
 
-    if needs(METHODS[name]) != "none" or "heads" in axes[0]:
-        return Direction(rule.init, unwatched, monitored)
-    # The mean: one pass over everything; its state is that of the route of rows.
-    value_and_grad = jaxmtl.value_and_grad(loss, aggregator, in_axes=axes, has_aux=True)
-    return Direction(rule.init, mean_pass, monitored)
+    return Direction(rule.init, by_weights, monitored)
