@@ -1,5 +1,6 @@
 """ConicGrad: the best worst improvement in a cone around the mean gradient."""
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -112,10 +113,12 @@ def enter_cone(
         return Carry(low, high, done, c.rounds + 1)
 
     longest = jnp.sqrt(jnp.max(jnp.where(mask, jnp.diagonal(gramian), 0)))
-    start = least(jnp.zeros((), dtype))
+    # One after the other in a loop, so that the program holds the solver once for both.
+    ends = jnp.stack([jnp.zeros((), dtype), 2 * longest / jnp.sqrt(1 - cosine**2)])
+    points = lax.map(least, ends)
+    start, top = (jax.tree.map(itemgetter(i), points) for i in range(2))
     # At a stationary point x grows from 0 along a straight line: any of its points will do.
     digits = jnp.where(start.square > 0, 1e2, 1e4).astype(dtype)
-    top = least(2 * longest / jnp.sqrt(1 - cosine**2))
     first = Carry(
         start, _choose(inside(start), start, top), inside(start), jnp.zeros((), jnp.int32)
     )

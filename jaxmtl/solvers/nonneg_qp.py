@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxmtl import linalg
 from jaxmtl.compiled import compiled
 
 # Bytes of one array of faces in the active-set method; about four of them are alive.
@@ -370,9 +371,9 @@ def nonneg_qp(
         scale = jnp.max(jnp.abs(jnp.where(allowed, linear, 0)), -1)
     # A power of two brings the problem near 1 and changes no digit.
     exponent = jnp.where(scale > 0, jnp.frexp(scale)[1], 0)[:, None]
-    scale = jnp.ldexp(scale, -exponent[:, 0])
-    scaled = jnp.where(allowed, jnp.ldexp(linear, -exponent), 0)
-    start = None if start is None else jnp.ldexp(start, -exponent)
+    scale = linalg.ldexp(scale, -exponent[:, 0])
+    scaled = jnp.where(allowed, linalg.ldexp(linear, -exponent), 0)
+    start = None if start is None else linalg.ldexp(start, -exponent)
     found, solved = _in_blocks(
         partial(conjugate_gradients, matrix, steps=2 * m + 50 if steps is None else steps),
         jnp.where(allowed, scaled, -1 / float(jnp.finfo(dtype).eps)).T,
@@ -402,4 +403,4 @@ def nonneg_qp(
     last = lax.while_loop(lambda c: jnp.any(c.open), take_on, first)
     x = last.x
     residual = kkt_residual(matrix, jnp.where(allowed, scaled, x @ matrix), x, scale)
-    return Solution(jnp.ldexp(x, exponent), jnp.where(last.unbounded, jnp.inf, residual))
+    return Solution(linalg.ldexp(x, exponent), jnp.where(last.unbounded, jnp.inf, residual))
