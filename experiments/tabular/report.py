@@ -71,10 +71,15 @@ def tuned_of(results: Results) -> Record:
 
 def drops(record: Record, single: Record) -> np.ndarray:
     """Returns delta_m (seeds,) in percent against the mean of the single-task networks."""
-    baseline = jnp.asarray(tested(single)).mean(axis=0)
-    higher = jnp.full(baseline.shape, measure_of(single)[1] > 0)
-    one = partial(jaxmtl.metrics.delta_m, baselines=baseline, higher_is_better=higher)
-    return np.asarray(jax.vmap(one)(jnp.asarray(tested(record))))
+    baseline = tested(single).mean(axis=0)
+    higher = np.full(baseline.shape, measure_of(single)[1] > 0)
+    return np.asarray(_drops(tested(record), baseline, higher))
+
+
+@jax.jit
+def _drops(values: jax.Array, baselines: jax.Array, higher: jax.Array) -> jax.Array:
+    one = partial(jaxmtl.metrics.delta_m, baselines=baselines, higher_is_better=higher)
+    return jax.vmap(one)(values)
 
 
 def mean_ranks(results: Results) -> dict[str, float]:

@@ -20,7 +20,7 @@ has (0.794, 6.691) and (0.655, 7.901), the form printed there (0.794, -6.205) an
 **Reference**: Liu et al. 2021 ("Conflict-averse gradient descent"), figure 2 and their code.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -65,7 +65,12 @@ def losses(x: jax.Array, form: Form = PUBLISHED) -> jax.Array:
 def losses_at(points: np.ndarray, form: Form = PUBLISHED) -> np.ndarray:
     """Returns the losses (..., 2) at points (..., 2)."""
     flat = jnp.asarray(points).reshape(-1, 2)
-    return np.asarray(jax.vmap(lambda x: losses(x, form))(flat)).reshape(np.shape(points))
+    return np.asarray(_losses_at(flat, form)).reshape(np.shape(points))
+
+
+@partial(jax.jit, static_argnames="form")
+def _losses_at(points: jax.Array, form: Form) -> jax.Array:
+    return jax.vmap(lambda x: losses(x, form))(points)
 
 
 def minimize_weighted(
@@ -76,22 +81,28 @@ def minimize_weighted(
     A search by nested grids, without gradients, in float64: 97 x 97 points, then again around the
     best one, in a square five times narrower, until it is narrower than a ten-thousandth.
     """
+    with jax.enable_x64(True):
+        centers, width = jnp.zeros((len(alphas), 2)), half_width
+        while width > 1e-4:
+            centers = _search(centers, jnp.asarray(alphas), width, form, half_width)
+            width /= 5
+        return np.asarray(centers)
+
+
+@partial(jax.jit, static_argnames=("form", "half_width"))
+def _search(
+    centers: jax.Array, alphas: jax.Array, width: jax.Array, form: Form, half_width: float
+) -> jax.Array:
+    """Returns the best points (k, 2) of grids around the centers (k, 2)."""
     offsets = np.linspace(-1, 1, 97)
     grid = np.stack(np.meshgrid(offsets, offsets, indexing="ij"), axis=-1).reshape(-1, 2)
 
-    def best_of(pair: tuple[jax.Array, jax.Array], width: jax.Array) -> jax.Array:
+    def best_of(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
         center, alpha = pair
         points = jnp.clip(center[None, :] + width * grid, -half_width, half_width)
-        both = jax.vmap(lambda x: losses(x, form))(points)
-        return points[jnp.argmin(both @ jnp.stack([alpha, 1 - alpha]))]
+        return points[jnp.argmin(_losses_at(points, form) @ jnp.stack([alpha, 1 - alpha]))]
 
-    with jax.enable_x64(True):
-        search = jax.jit(lambda pairs, width: lax.map(lambda pair: best_of(pair, width), pairs))
-        centers, width = jnp.zeros((len(alphas), 2)), half_width
-        while width > 1e-4:
-            centers = search((centers, jnp.asarray(alphas)), width)
-            width /= 5
-        return np.asarray(centers)
+    return lax.map(best_of, (centers, alphas))
 
 
 @cache
