@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from tests import devices
-from tests.methods import BY_NAME, KINDS
+from tests.methods import BY_NAME
 
 ROOT = Path(__file__).parents[1]
 SMALL = devices.TASKS**2  # what a rule may send: entries of the Gramian, maxima, flags
 
-# A rule of each kind, parameters split over the devices. Every rule, the other layouts and
+# Few rules, parameters split over the devices. Every rule, the other layouts and
 # `jax.shard_map` are slow.
 JOBS = ("rules:fsdp:explicit:rows",)
 CROSS = tuple(
@@ -64,7 +64,7 @@ def run_jobs(jobs, *options):
 @functools.cache
 def quick():
     """What all tests here read: one process, which imports JAX and meets each program once."""
-    return run_jobs(QUICK, "kinds")
+    return run_jobs(QUICK, "few")
 
 
 def rules_of(job, methods):
@@ -83,7 +83,7 @@ def check_rules(job, result, methods):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_update_is_that_of_one_device(job):
-    check_rules(job, quick()[job], KINDS)
+    check_rules(job, quick()[job], devices.FEW)
 
 
 @pytest.mark.parametrize("job", SEPARATE)

@@ -650,6 +650,7 @@ def test_accuracy_counts_every_image_once(tmp_path):
     assert right == round(100 * 2 / 7, 4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(tmp_path, capsys, monkeypatch, trainings):
     """A run cut after its first epoch and resumed is the whole one."""
     start = ["--smoke", "--methods", "moco", "--width", "2", "--batch-size", "4", "--out"]

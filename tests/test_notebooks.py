@@ -14,7 +14,7 @@ NAMES = (
     *("quickstart", "rules_tour", "instance_wise", "balancing"),
     *("flax", "choosing", "pareto_front", "physics"),
 )
-QUICK = ("quickstart", "flax")  # the first that a reader opens; the others take a minute
+QUICK = ("quickstart",)  # the first that a reader opens; the others take a minute
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 pytestmark = pytest.mark.xdist_group("notebooks")
 
