@@ -40,9 +40,9 @@ def above_error(values: Sequence[float]) -> bool:
 
 
 def show(values: Sequence[float], *, digits: int, sign: str = "") -> str:
-    """Returns "mean ± standard error"; with ``sign="+"`` the mean has its sign."""
+    """Returns "mean ± standard error"; with ``sign="+"`` the mean has its sign, 0 never a minus."""
     mean, error = mean_and_error(values)
-    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:{sign}z.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
 def listed(
