@@ -7,9 +7,8 @@ problem, a chunk at a time. Every solver of this package but the bargaining equa
 comes down to this one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -21,8 +20,8 @@ from jaxmtl.compiled import compiled
 
 # Bytes of one array of faces in the active-set method; about four of them are alive.
 _CHUNK_BYTES = 2**25
-# Matrices larger than _SMALL meet _BLOCK right-hand sides at a time, in _LOOPS loops.
-_SMALL, _BLOCK, _LOOPS = 32, 32, 2
+# Matrices larger than _SMALL meet _BLOCK right-hand sides at a time.
+_SMALL, _BLOCK = 64, 32
 
 
 class Solution(NamedTuple):
@@ -302,31 +301,23 @@ def _in_blocks(
 ) -> tuple[jax.Array, jax.Array]:
     """Solves large problems some columns at a time.
 
-    A block stops when its own problems are solved, and its arrays fit the caches. Blocks are
-    shared out between loops that do not depend on each other: a program for CPUs runs these on
-    different cores, where one product of such a block is too small for two.
+    A block stops when its own problems are solved, and its arrays fit the caches.
     """
     m, k = linear.shape
-    if min(m, k) <= _SMALL:
+    if m <= _SMALL or k <= _BLOCK:
         return solve(linear, scale, start)
-    size = min(_BLOCK, -(-k // _LOOPS))
-    blocks = -(-k // size)
+    blocks = -(-k // _BLOCK)
 
     def split(columns: jax.Array) -> jax.Array:
-        padded = jnp.pad(columns, ((0, 0), (0, blocks * size - k)))
-        return padded.reshape(-1, blocks, size).swapaxes(0, 1)
+        padded = jnp.pad(columns, ((0, 0), (0, blocks * _BLOCK - k)))
+        return padded.reshape(-1, blocks, _BLOCK).swapaxes(0, 1)
 
-    def join(parts: Sequence[jax.Array]) -> jax.Array:
-        return jnp.concatenate(parts).swapaxes(0, 1).reshape(-1, blocks * size)[:, :k]
+    def join(found: jax.Array) -> jax.Array:
+        return found.swapaxes(0, 1).reshape(-1, blocks * _BLOCK)[:, :k]
 
     args = (split(linear), split(scale), None if start is None else split(start))
-    ends = [i * blocks // _LOOPS for i in range(_LOOPS + 1)]
-    found = [
-        lax.map(lambda block: solve(*block), jax.tree.map(lambda a: a[first:last], args))  # noqa: B023
-        for first, last in pairwise(ends)
-    ]
-    x, solved = map(join, zip(*found, strict=True))
-    return x, solved
+    x, solved = lax.map(lambda block: solve(*block), args)
+    return join(x), join(solved)
 
 
 @compiled("steps", "chunk_size")
