@@ -111,7 +111,7 @@ study = Study(
         "--out experiments/results --benchmark learner",
     ),
     methods=(SINGLE, *METHODS, *REFUSED),
-    figures=("mt3.png",),
+    figures=("mt3.png", "mt10.png"),
     plan=plan,
     report=report,
     claims=claims,
