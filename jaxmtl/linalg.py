@@ -277,7 +277,8 @@ def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def powers_of_two(exponent: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Returns two factors of ``2**exponent``, which may lie outside the format as a whole."""
-    half = exponent >> 1  # halved downwards; a division costs more than all else here
+    # XLA computes the factors anew for each entry that they scale: a division would cost most.
+    half = exponent >> 1
     return power_of_two(half, dtype), power_of_two(exponent - half, dtype)
 
 

@@ -14,7 +14,7 @@ if jax.__version_info__ < (0, 11):  # later compilers end the process at a flag 
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", _FLAGS)
 
-# Where in the sources an operation stands is written into every program; a tenth of the time.
+# Where in the sources an operation stands is written into every program: a tenth of compilation.
 jax.config.update("jax_include_full_tracebacks_in_locations", False)
 
 # Traced programs are many small objects that live long: to look through them again and again for
