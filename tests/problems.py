@@ -5,10 +5,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.methods import BY_NAME, INPUTS
 
 SHAPES = {"a": (2, 3), "b": (), "c": (0,), "d": (1,)}  # 8 numbers: matrix, scalar, nothing, vector
+
+
+def some(values, quick=1):
+    """Parameters, or tuples of them, for a test that compiles much: the first ones are quick."""
+    return [
+        pytest.param(
+            *(x if isinstance(x, tuple) else (x,)), marks=[pytest.mark.slow] * (i >= quick)
+        )
+        for i, x in enumerate(values)
+    ]
+
+
+# For a test that takes ``precision``: float64 is quick.
+WIDE_FIRST = pytest.mark.parametrize("precision", some(["float64", "float32"]), indirect=True)
 
 
 def _is_shape(x):

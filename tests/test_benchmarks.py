@@ -16,6 +16,7 @@ from experiments.benchmarks import accelerator, prices, solvers
 pytestmark = pytest.mark.xdist_group("benchmarks")
 
 
+@pytest.mark.slow
 def test_prices_of_a_dense_network():
     """Two thirds of a gradient are the backward pass; loss rules, separate data pay one."""
     m = 4

@@ -72,6 +72,7 @@ def test_what_is_saved_is_needed(rule, runs, tmp_path):
         assert np.max(np.abs(end.params["trunk"] - uninterrupted.params["trunk"])) > 1e-4
 
 
+@pytest.mark.slow
 def test_on_other_devices_the_continued_run_agrees(runs, tmp_path):
     """Saved on one device, continued on four that split trunk and batch, read again on one."""
     for rule, (_, parts) in runs.items():

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxmtl
+from tests.problems import some
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -108,7 +109,7 @@ def test_cr_mogm_keeps_the_weights_of_absent_tasks():
     assert state.inner.average[1] == first[1]
 
 
-@pytest.mark.parametrize("start", [None, "first", np.array([0.5, 0.2, 0.3])])
+@pytest.mark.parametrize("start", some(["first", None, np.array([0.5, 0.2, 0.3])]))
 @pytest.mark.parametrize("name", ["mgda", pytest.param("upgrad", marks=pytest.mark.slow)])
 def test_cr_mogm_with_an_absent_task_is_the_run_on_the_others(name, start):
     """Whatever the weights of the rule sum to; the one that returns has its share of the total."""
@@ -133,12 +134,14 @@ def test_cr_mogm_with_an_absent_task_is_the_run_on_the_others(name, start):
 
 @pytest.mark.parametrize(
     "schedule",
-    [
-        optax.linear_schedule(0.0, 0.1, 4),
-        optax.linear_schedule(1e-6, 1.0, 3),
-        optax.constant_schedule(0.0),
-        optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 8, 0.0),
-    ],
+    some(
+        [
+            optax.linear_schedule(0.0, 0.1, 4),
+            optax.linear_schedule(1e-6, 1.0, 3),
+            optax.constant_schedule(0.0),
+            optax.warmup_cosine_decay_schedule(0.0, 0.1, 3, 8, 0.0),
+        ]
+    ),
     ids=["from zero", "from a small rate", "zero", "warm-up and decay"],
 )
 def test_corollary_1_stays_between_its_ends_for_every_schedule(schedule):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxmtl
-from tests.methods import BY_NAME, METHODS, sweep
+from tests.methods import BY_NAME, KINDS, METHODS, sweep
 from tests.problems import flat, inputs_of, params_of, rows_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
@@ -54,7 +54,7 @@ def run(name, matrix, state=None, mask=None, inputs=None):
     return step(rows_of(matrix), state, mask, inputs or inputs_of(name, m))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES))
 def test_update_has_the_shape_of_params_and_state_never_changes_form(name, x64):
     matrix = matrix_of(tasks_of(name))
     aggregator, _, _, traces = get(name, len(matrix))
@@ -71,7 +71,7 @@ def test_update_has_the_shape_of_params_and_state_never_changes_form(name, x64):
         chex.assert_trees_all_equal_shapes_and_dtypes(weighting_state, state)
 
 
-@pytest.mark.parametrize("name", sweep(NAMES))
+@pytest.mark.parametrize("name", sweep(NAMES, ("upgrad", "graddrop", "famo", "moco", "ldc_mtl")))
 def test_trains_a_trunk_with_heads_under_scan_and_vmap_over_seeds(name):
     m = tasks_of(name)
     groups = {
@@ -130,7 +130,7 @@ def test_degenerate_jacobians_have_finite_updates(name, kind, x64):
         assert np.all(flat(update) == 0)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if BY_NAME[n].min_tasks == 1])
+@pytest.mark.parametrize("name", sweep(n for n in NAMES if BY_NAME[n].min_tasks == 1))
 def test_one_task_gives_a_multiple_of_its_gradient(name, x64):
     matrix = matrix_of(1)
     update = flat(run(name, matrix)[0])
@@ -152,10 +152,15 @@ def test_a_non_finite_gradient_is_skipped_and_counted(name, bad, x64):
     chex.assert_trees_all_equal(new._replace(mtl_skipped=state.mtl_skipped), state)
 
 
-def in_precisions(names):
-    """Every name in float64, those that iterate in float32 too."""
+def in_precisions(names, quick=None):
+    """Every name in float64, those that iterate in float32 too; all but ``quick`` ones are slow."""
     pairs = [(name, "float64") for name in names]
-    return pairs + [(name, "float32") for name in names if BY_NAME[name].solver]
+    pairs += [(name, "float32") for name in names if BY_NAME[name].solver]
+    late = [quick is not None and name not in quick for name, _ in pairs]
+    return [
+        pytest.param(*pair, marks=[pytest.mark.slow] * is_late)
+        for pair, is_late in zip(pairs, late, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,7 @@ def test_powers_of_two(name, precision):
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    in_precisions([n for n in WEIGHTED if BY_NAME[n].scale_free]),
+    in_precisions([n for n in WEIGHTED if BY_NAME[n].scale_free], KINDS),
     indirect=["precision"],
 )
 def test_powers_of_two_on_the_gramian_alone(name, precision):
@@ -199,7 +204,7 @@ def test_powers_of_two_on_the_gramian_alone(name, precision):
         np.testing.assert_array_equal(scaled, weights)
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("name", sweep(WEIGHTED))
 def test_both_routes_agree(name, x64):
     m = tasks_of(name)
     matrix = matrix_of(m, kind="conflict")
@@ -249,7 +254,7 @@ def test_linear_under_scaling(name, x64):
     np.testing.assert_allclose(of(first + second), of(first) + of(second), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES))
 def test_masked_tasks_are_removed_exactly(name, x64):
     """A mask equals the smaller problem, whatever the absent row holds; nothing recompiles."""
     method, m = BY_NAME[name], tasks_of(name) + 1
@@ -336,7 +341,7 @@ def test_fixed_weights_without_num_tasks_have_no_state():
 
 # Programs with nine copies of a solver compile for long; combinators see no difference in them.
 @pytest.mark.parametrize(
-    "name", sweep(WEIGHTED, ("linear_scalarization", "upgrad", "pcgrad", "famo", "imtl", "ldc_mtl"))
+    "name", sweep(WEIGHTED, ("linear_scalarization", "pcgrad", "famo", "ldc_mtl"))
 )
 def test_combinators_in_their_neutral_form_are_the_bare_rule(name, x64):
     """On every route, heads included: with the Jacobian, with the Gramian alone, without either."""

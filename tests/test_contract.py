@@ -223,6 +223,7 @@ def test_no_method_relies_on_rank_promotion(method):
     assert found.shape == (6,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["fronts", "loop", "metrics", "solvers.pseudo_inverse"])
 def test_no_tool_relies_on_rank_promotion(module):
     with strict():

@@ -47,7 +47,8 @@ SEPARATE = ("separate:fsdp:explicit:", "separate:both:auto:")
 PLANS = tuple(f"plan:{place}:{route}:64" for place in devices.PLACES for route in devices.ROUTES)
 TASKS = tuple(f"tasks:{place}::{size}" for place in devices.PLACES for size in (16, 128))
 TRACES = ("traces:fsdp:explicit:", "traces:both:explicit:")
-QUICK = (*JOBS, *GRADIENTS, *EXAMPLES, *SEPARATE, *PLANS, *TASKS, *TRACES, "readme:::", "lookup:::")
+LATER = (EXAMPLES[0], SEPARATE[0], TRACES[0], "readme:::")
+QUICK = (*JOBS, *GRADIENTS, EXAMPLES[1], SEPARATE[1], *PLANS, *TASKS, TRACES[1], "lookup:::")
 
 pytestmark = pytest.mark.xdist_group("devices")
 
@@ -62,9 +63,17 @@ def run_jobs(jobs, *options):
 
 
 @functools.cache
-def quick():
-    """What all tests here read: one process, which imports JAX and meets each program once."""
-    return run_jobs(QUICK, "few")
+def answers(jobs):
+    """One process for many jobs, which imports JAX and meets each program once."""
+    return run_jobs(jobs, "few")
+
+
+def answer(job):
+    return answers(LATER if job in LATER else QUICK)[job]
+
+
+def each(jobs):
+    return [pytest.param(job, marks=[pytest.mark.slow] * (job in LATER)) for job in jobs]
 
 
 def rules_of(job, methods):
@@ -83,12 +92,12 @@ def check_rules(job, result, methods):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_update_is_that_of_one_device(job):
-    check_rules(job, quick()[job], devices.FEW)
+    check_rules(job, answer(job), devices.FEW)
 
 
-@pytest.mark.parametrize("job", SEPARATE)
+@pytest.mark.parametrize("job", each(SEPARATE))
 def test_separate_data_is_that_of_one_device(job):
-    result = quick()[job]
+    result = answer(job)
     assert set(result) == {"jacobian", "gramian", "chunked", "upgrad"}
     assert max(result.values()) <= 1e-9, result
 
@@ -109,7 +118,7 @@ def check_collectives(result):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_rules_send_gramians_alone(job):
-    result = quick()[job]
+    result = answer(job)
     check_collectives(result)
     if job.endswith("rows"):
         sent = result["collectives"].get(f"all-reduce:{SMALL}", 0)
@@ -127,21 +136,21 @@ def total(collectives, kind):
 def test_rows_are_m_gradients_and_no_more():
     """Of what crosses devices before a rule begins, against the gradient of the mean loss."""
     m = devices.TASKS
-    gradient = collections.Counter(quick()[GRADIENTS[0]]["collectives"])
-    rows = collections.Counter(quick()[JOBS[0]]["baseline"])  # of two batches
+    gradient = collections.Counter(answer(GRADIENTS[0])["collectives"])
+    rows = collections.Counter(answer(JOBS[0])["baseline"])  # of two batches
     assert total(rows, "all-reduce") == 2 * m * total(gradient, "all-reduce") + m  # m losses
     assert total(rows, "all-gather") <= 2 * total(gradient, "all-gather")
     assert total(gradient, "all-gather") > 0
 
 
-@pytest.mark.parametrize("job", EXAMPLES)
+@pytest.mark.parametrize("job", each(EXAMPLES))
 def test_one_objective_per_example(job):
-    assert max(quick()[job]["deviation"].values()) <= 1e-6
+    assert max(answer(job)["deviation"].values()) <= 1e-6
 
 
-@pytest.mark.parametrize("job", TRACES)
+@pytest.mark.parametrize("job", each(TRACES))
 def test_explicit_axes_pass_through_what_surrounds_the_rules(job):
-    result = quick()[job]
+    result = answer(job)
     assert len(result) >= 10
     assert all(result.values()), result
 
@@ -149,7 +158,7 @@ def test_explicit_axes_pass_through_what_surrounds_the_rules(job):
 @pytest.mark.parametrize("place", devices.PLACES)
 @pytest.mark.parametrize("route", devices.ROUTES)
 def test_the_plan_is_what_the_compiler_sends_and_holds(place, route):
-    result = quick()[f"plan:{place}:{route}:64"]
+    result = answer(f"plan:{place}:{route}:64")
     n, share = result["n"], 8 if place == "sharded" else 1
     temporary = []
     for m in (2, 6):
@@ -180,14 +189,15 @@ def large_rows(collectives):
 @pytest.mark.parametrize("place", devices.PLACES)
 def test_tasks_on_automatic_axes_send_as_the_guide_says(place):
     """Cotangents at layers, which grow with the batch, in place of gradients, which do not."""
-    small, large = (quick()[f"tasks:{place}::{size}"] for size in (16, 128))
+    small, large = (answer(f"tasks:{place}::{size}") for size in (16, 128))
     assert small["layers"] < 0.6 * small["gradients"]
     assert large["layers"] <= {"replicated": 1, "sharded": 1.5}[place] * large["gradients"]
 
 
+@pytest.mark.slow
 def test_listing_of_the_guide_runs_and_its_table_is_the_plan():
     assert devices.table() in (ROOT / "notebooks" / "guide" / "devices.md").read_text()
-    result = quick()["readme:::"]
+    result = answer("readme:::")
     assert result["listings"] == 1
     assert result["held"] == [2, 3]
     assert result["difference"] < 1e-5
@@ -195,7 +205,7 @@ def test_listing_of_the_guide_runs_and_its_table_is_the_plan():
 
 def test_lookups_of_split_batches_as_the_guide_says():
     """A limit of JAX's: when this fails, the guide's sentence can go."""
-    result = quick()["lookup:::"]
+    result = answer("lookup:::")
     assert (result["plain"], result["told"], result["one_hot"]) == (False, False, True)
     same = np.arange(16)[:, None] % 7 == np.arange(16) % 7
     np.testing.assert_array_equal(result["gramian"], 12 * same)
@@ -223,6 +233,7 @@ def finish(process):
     return json.loads(lines[0]) if lines else None
 
 
+@pytest.mark.slow
 def test_two_processes_run_the_job_of_one():
     alone = start(4)
     address = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--process")

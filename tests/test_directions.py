@@ -8,6 +8,7 @@ import quadprog
 from scipy import optimize
 
 import jaxmtl
+from tests.problems import WIDE_FIRST, some
 
 
 def update_of(aggregator, jacobian, **extra):
@@ -60,7 +61,8 @@ def conic_updates(jacobians, c):
     return np.asarray(conic(jnp.asarray(jacobians, float), jnp.asarray(c, float)), float)
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", some([2, 4]))
+@WIDE_FIRST
 def test_conic_grad_is_the_best_in_its_cone(m, precision):
     jacobians = matrices(8, m, 5, seed=m)
     tolerance = 1e-6 if precision == "float64" else 2e-4
@@ -91,6 +93,7 @@ def test_conic_grad_lies_between_mgda_and_the_mean(x64):
     np.testing.assert_allclose(conic_updates(jacobians, 1 - 1e-12), means, atol=1e-5)
 
 
+@WIDE_FIRST
 def test_conic_grad_where_gradients_cancel(precision):
     """At stationary points the direction stays in the cone; without a mean there is none."""
     rows = np.array(
@@ -127,6 +130,7 @@ def clipped_in_coordinates(jacobian, c, preference):
     return mean + c * size * part / np.linalg.norm(part)
 
 
+@WIDE_FIRST
 def test_cagrad_clip_caps_the_dual_weights(precision):
     jacobians = jnp.asarray(matrices(6, 4, 7, seed=9), float)
 

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 import jaxmtl
+from tests.methods import sweep
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -44,6 +45,7 @@ def test_readme_is_short():
     assert len(jaxmtl.methods()) > 40
 
 
+@pytest.mark.slow
 def test_the_first_program_prints_what_the_readme_says(capsys):
     """Pasted as it stands, in a fresh namespace."""
     program = LISTING.findall(README)[0]
@@ -227,7 +229,7 @@ def test_every_public_name_has_a_place(library_pages):
     assert {f"jaxmtl.{name}" for name in modules} <= {name for name, _ in library_pages.MODULES}
 
 
-@pytest.mark.parametrize("name", jaxmtl.methods())
+@pytest.mark.parametrize("name", sweep(jaxmtl.methods()))
 def test_every_method_has_a_page(library_pages, name):
     """With a figure, in one family."""
     bibliography = (NOTEBOOKS / "guide" / "bibliography.md").read_text()

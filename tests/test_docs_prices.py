@@ -11,6 +11,7 @@ import pytest
 
 import jaxmtl
 from experiments import operations
+from tests.problems import some
 
 WIDTH, BATCH, TASKS = 256, 64, (2, 4, 8)
 PAGE = Path(__file__).parents[1] / "notebooks" / "guide" / "routes.md"
@@ -104,7 +105,7 @@ def test_the_table_of_the_guide():
     assert table() in PAGE.read_text()
 
 
-@pytest.mark.parametrize("m", [2, 4])
+@pytest.mark.parametrize("m", some([2, 4]))
 def test_the_prices_that_are_said(m):
     """Within a seventh: the solver and the Gramian count as well, and the heads are not free."""
     found = list(prices(m).values())

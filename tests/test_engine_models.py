@@ -156,6 +156,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 """
 
 
+@pytest.mark.slow
 def test_sharded_batches_give_one_gramian():
     env = dict(os.environ, JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
     code = textwrap.dedent(SHARDED)

@@ -12,7 +12,7 @@ from jax import lax
 from experiments.operations import count
 from jaxmtl import upgrad
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
-from tests.problems import flat_rows, indices, normal
+from tests.problems import flat_rows, indices, normal, some
 
 M = 4
 
@@ -334,7 +334,7 @@ def temporary(fun, *args):
     return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("are_leaves", [True, False])
+@pytest.mark.parametrize("are_leaves", some([True, False]))
 @pytest.mark.parametrize(("m", "inputs", "most"), [(8, 256, 4.5), (40, 256, 18), (40, 784, 16)])
 def test_dense_layers_cost_a_third_of_a_gradient_per_task(m, inputs, most, are_leaves):
     of_features, encode, params, args = trunk_and_heads(m, inputs, are_leaves)
@@ -351,7 +351,7 @@ def test_dense_layers_cost_a_third_of_a_gradient_per_task(m, inputs, most, are_l
     assert found <= 1 + m * count(of_heads, params, features) / whole
 
 
-@pytest.mark.parametrize("m", [8, 40])
+@pytest.mark.parametrize("m", some([8, 40]))
 def test_memory_of_dense_layers(m):
     of_features, encode, params, args = trunk_and_heads(m, 256, True)
 
@@ -414,7 +414,7 @@ def small_transformer(m):
     return losses, params, (indices(10, 100, 8, 8), normal(11, 8, 2)), 8 * 8 * 4 * width
 
 
-@pytest.mark.parametrize("model", [small_cnn, small_transformer])
+@pytest.mark.parametrize("model", some([small_cnn, small_transformer]))
 def test_other_networks_cost_less_than_to_push_every_gradient(model):
     m = 8
     losses_fn, params, args, largest = model(m)

@@ -34,6 +34,7 @@ def records_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_fronts_of_a_problem_and_of_a_table_share_records_and_notes(tmp_path, monkeypatch, capsys):
     few = ["--seeds", "2", "--out", str(tmp_path), "--methods", "linear_scalarization", "epo"]
     pareto_fronts.main([*few, "--problems", "VLMOP2", "--steps", "300"])

@@ -13,11 +13,12 @@ from experiments.examples import (
     state_nnx,
 )
 from jaxmtl import flax
+from tests.problems import some
 
 pytestmark = pytest.mark.xdist_group("examples_state")
 
 
-@pytest.mark.parametrize("example", [state_nnx, state_linen, state_equinox])
+@pytest.mark.parametrize("example", some([state_linen, state_nnx, state_equinox]))
 def test_averaged_parameters_learn_both_tasks(example):
     """Sixty steps: a tenth and a half of the answers are right by chance."""
     found = example.train(60)

@@ -35,6 +35,7 @@ from experiments.study import (  # noqa: E402
 from tests import methods as conformance  # noqa: E402
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_results_from_which_the_report_is_made_again(tmp_path, capsys):
     methods = ["cr_mgda"]
     arguments = ["--smoke", "--out", str(tmp_path), "--methods", *methods]

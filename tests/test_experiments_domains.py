@@ -604,6 +604,7 @@ def shapes_of(trunk, names):
     return params, train.Task(stats, batch, jax.eval_shape(lambda: jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_a_step_costs_the_gradients_of_the_domains_and_no_factor_m():
     """At the size of the paper: 64 images of 224 x 224 of each domain."""
     params, task = shapes_of(Trunk(), ("amazon",))

@@ -209,6 +209,7 @@ def test_target_temperature_and_step(updated):
     np.testing.assert_array_equal(log["critic"]["weights"], [0.5, 0.5])
 
 
+@pytest.mark.slow
 def test_each_component_has_its_own_rule_and_state(updated):
     """CAGrad with MoCo's tracking on the gradients of both tasks, in critic and actor apart."""
     (agent, batch, _, log, _), key = updated
@@ -432,6 +433,7 @@ def learned(record):
     return {name: value for name, value in record.items() if name not in MEASURED}
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_same_bit_for_bit(tmp_path):
     whole = new_run()
     records = [whole.advance(), whole.advance()]
@@ -449,6 +451,7 @@ def test_resumed_run_is_the_same_bit_for_bit(tmp_path):
         same(whole, part)
 
 
+@pytest.mark.slow
 def test_time_limit_does_not_end_what_is_learned():
     """The last transition of an episode leads to its last observation, not to the next start."""
     run = new_run()
@@ -493,6 +496,7 @@ def records_in(folder):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_a_record_per_evaluation(smoke):
     records = records_in(smoke)
     runs = [(s, m) for s in (0, 1) for m in ("linear_scalarization", "cagrad_moco")]
@@ -510,6 +514,7 @@ def test_smoke_run_writes_a_record_per_evaluation(smoke):
     assert list((smoke / "metaworld").glob("checkpoints/*")) == []
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same_as_one(smoke):
     """The smoke run simulated apart from its updates; here they take turns."""
     run = new_run()
@@ -519,6 +524,7 @@ def test_two_processes_learn_the_same_as_one(smoke):
     assert kept == expected
 
 
+@pytest.mark.slow
 def test_resume_goes_on_from_the_last_evaluation(smoke, tmp_path):
     """As after an interruption: a checkpoint, and a file that lacks the last record."""
     run, folder = new_run(), tmp_path / "metaworld"
@@ -538,6 +544,7 @@ def test_resume_goes_on_from_the_last_evaluation(smoke, tmp_path):
         metaworld.study.main([*arguments, "--resume", "--batch-size", "4"])
 
 
+@pytest.mark.slow
 def test_report_and_claims(smoke, tmp_path, capsys):
     metaworld.study.main(["--smoke", "--report-only", "--out", str(smoke)])
     text = capsys.readouterr().out
@@ -646,6 +653,7 @@ def test_example_of_a_loop_logs_by_name_and_helps_the_quiet_tasks(capsys):
     assert "with aligned_mtl" in conclusion
 
 
+@pytest.mark.slow
 def test_per_task_gradients_of_the_example_are_those_of_each_minibatch():
     params = multi_task_ppo.Policy().init(jax.random.key(0), jnp.zeros((1, 7)))
     batch, _ = multi_task_ppo.collect(params, jax.random.key(1))

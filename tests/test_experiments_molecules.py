@@ -363,6 +363,7 @@ def check_run(records, methods):
     np.testing.assert_allclose(np.sum(ldc["history"]["router"], axis=1), 1, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_smoke_run_trains_a_network_a_task_then_the_methods(smoke):
     check_run(records_in(smoke), ["ldc_mtl"])
 
@@ -379,6 +380,7 @@ def test_a_smoke_run_of_each_way(tmp_path):
     assert np.ptp(weights[0]) > 1e-3  # z / l: losses differ
 
 
+@pytest.mark.slow
 def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
     path = smoke / "molecules" / "rimp2.jsonl"
     before = path.read_text()
@@ -388,6 +390,7 @@ def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
         molecules.study.main([*SMOKE, "--out", str(smoke), "--resume", "--width", "6"])
 
 
+@pytest.mark.slow
 def test_the_report_is_made_of_the_records(smoke, capsys):
     for name in molecules.study.figures:
         (smoke / "molecules" / name).unlink(missing_ok=True)

@@ -478,6 +478,7 @@ def test_a_compiled_step_of_each_route(mtan, name):
         assert (np.asarray(state.after) > 0).all()
 
 
+@pytest.mark.slow
 def test_the_gramian_at_the_features_of_mtan_is_diagonal(mtan):
     model, params, stats, batch, *_ = mtan
     _, gramian, _ = jax.jit(

@@ -60,6 +60,7 @@ def records_in(folder, dataset):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_a_record_per_method_and_setting(smoke):
     records = records_in(smoke, "yeast")
     assert [r["method"] for r in records] == YEAST
@@ -73,6 +74,7 @@ def test_smoke_run_writes_a_record_per_method_and_setting(smoke):
     assert made == [("shared_bottom", m) for m in bottom] + [("mmoe", m) for m in CENSUS[1:3]]
 
 
+@pytest.mark.slow
 def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
     path = smoke / "tabular" / "yeast.jsonl"
     before = path.read_text()
@@ -83,6 +85,7 @@ def test_resume_keeps_what_is_there_and_refuses_other_options(smoke):
         tabular.study.main([*arguments, "--resume", "--learning-rates", "0.5"])
 
 
+@pytest.mark.slow
 def test_report_is_made_of_the_results_alone(smoke, capsys):
     figures = [smoke / "tabular" / name for name in ("census.png", "yeast.png")]
     for figure in figures:
@@ -93,6 +96,7 @@ def test_report_is_made_of_the_results_alone(smoke, capsys):
     assert all(name in text for name in ("census, mmoe", "modo", "single_task", "tuned"))
 
 
+@pytest.mark.slow
 def test_claims_are_decided_by_the_records(smoke, tmp_path):
     claims = tabular.claims(smoke / "tabular")
     assert len(claims) >= 4

@@ -11,6 +11,7 @@ import pytest
 
 import jaxmtl
 from jaxmtl import fronts
+from tests.problems import WIDE_FIRST, some
 
 # pymoo 0.6.2: HV, IGD, IGDPlus and NonDominatedSorting of the points that `pymoo_points` draws.
 PYMOO = {
@@ -56,7 +57,8 @@ def volume_by_inclusion_exclusion(points, corner):
     return total
 
 
-@pytest.mark.parametrize("m", PYMOO)
+@pytest.mark.parametrize("m", some(PYMOO, 2))
+@WIDE_FIRST
 def test_measures_are_those_of_pymoo(m, precision):
     points, simplex, corner = (jnp.asarray(a) for a in pymoo_points(m))
     volume, of_simplex, igd, plus, kept = PYMOO[m]

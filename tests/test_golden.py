@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jaxmtl
+from tests.problems import some
 
 FOLDER = os.environ.get("JAXMTL_GOLDEN")
 COMPACT = Path(__file__).parent / "golden_compact.npz"
@@ -119,7 +120,7 @@ def test_compact_float64(name, x64):
     check(name, *load(COMPACT), np.float64)
 
 
-@pytest.mark.parametrize("name", [*SOLVERS, "ConFIG"])
+@pytest.mark.parametrize("name", some([*SOLVERS, "ConFIG"], 2))
 def test_compact_float32(name):
     check(name, *load(COMPACT), np.float32)
 
@@ -128,6 +129,7 @@ def test_compact_float32(name):
 needs_full = pytest.mark.skipif(FOLDER is None, reason="JAXMTL_GOLDEN names no folder")
 
 
+@pytest.mark.slow
 @needs_full
 @pytest.mark.parametrize("name", list(RULES))
 def test_full_float64(name, x64):

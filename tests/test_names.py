@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxmtl
+from tests.problems import some
 
 NAMES = ("task10", "task2", "x")  # sorted as strings
 PARAMS = jnp.array([1.0, -2.0])
@@ -70,7 +71,7 @@ def with_aux(losses_fn):
     return lambda *args: (losses_fn(*args), args[0])
 
 
-@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("has_aux", some([True, False]))
 @pytest.mark.parametrize("route", ROUTES)
 def test_losses_come_back_as_the_dict(route, has_aux):
     named, plain, options = ROUTES[route]

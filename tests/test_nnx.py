@@ -123,6 +123,7 @@ def test_it_trains_as_short_as_flax_itself():
     assert int(model.dropout.rngs.count[...]) == 30
 
 
+@pytest.mark.slow
 def test_examples_draw_dropout_of_their_own():
     def loss(model, x):
         return jnp.sum(model(x) ** 2)

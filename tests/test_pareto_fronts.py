@@ -7,6 +7,7 @@ import pytest
 
 from experiments.examples import _front_problems as problems
 from jaxmtl import fronts
+from tests.problems import some
 
 # The authors' own Python code of the RE suite, at two points of the box: from its lowest corner
 # the shares linspace(.2, .7, n) of its sides, and linspace(.05, .01, n).
@@ -75,7 +76,7 @@ def test_zdt_and_dtlz_are_pymoos(x64):
         np.testing.assert_allclose(jax.vmap(problem.evaluate)(points), values, rtol=1e-7)
 
 
-@pytest.mark.parametrize("make", problems.FORMULAS)
+@pytest.mark.parametrize("make", some(problems.FORMULAS, 2))
 def test_the_fronts_by_formula_bound_the_problems(make, x64):
     """No point of the front dominates another, no random point is below it, ends are the scale."""
     problem = make()

@@ -7,6 +7,7 @@ import pytest
 import quadprog
 
 import jaxmtl
+from tests.problems import WIDE_FIRST, some
 
 
 def problem(steps=4):
@@ -45,7 +46,7 @@ def run(aggregator, matrices, **extra):
     return jax.jit(lambda x: jax.lax.scan(step, aggregator.init(params), x))(jnp.asarray(matrices))
 
 
-@pytest.mark.parametrize("tau", RECORDED, ids=str)
+@pytest.mark.parametrize("tau", some([(tau,) for tau in RECORDED]), ids=str)
 def test_a_sequence_of_steps_is_that_of_torchjd(tau, precision):
     shares = jnp.asarray(tau) if isinstance(tau, tuple) else tau
     aggregator = jaxmtl.pcd(shares, beta=0.9, eps=1e-3, num_tasks=4)
@@ -129,6 +130,7 @@ def test_without_eps_powers_of_two_change_nothing(precision):
         ([[0, 0, 0], [1, 0, 0], [0, 1, 0]], [0, 0, 0]),
     ],
 )
+@WIDE_FIRST
 def test_worked_out_cases(rows, expected, precision):
     _, updates = run(jaxmtl.pcd(0.25, num_tasks=3), np.array([rows], float))
     np.testing.assert_allclose(updates[0], expected, rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 from scipy import optimize
 
 import jaxmtl
+from tests.problems import WIDE_FIRST
 
 P = np.array([0.5, 1.0, 1.5])
 
@@ -26,6 +27,7 @@ def problems(count=12):
     return rows - 0.5 * rows.mean(1, keepdims=True), rng
 
 
+@WIDE_FIRST
 def test_predictions_are_the_least_norm_off_the_constraint(precision):
     jacobians, rng = problems()
     losses = P + 1e-3 * rng.standard_normal((12, 3))
@@ -45,6 +47,7 @@ def test_predictions_are_the_least_norm_off_the_constraint(precision):
         assert weights[1] <= 10 * atol
 
 
+@WIDE_FIRST
 def test_corrections_are_the_linear_program(precision):
     jacobians, rng = problems()
     losses = rng.uniform(0.2, 3, (12, 3))

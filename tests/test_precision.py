@@ -62,7 +62,7 @@ def run(aggregator, rows, params, inputs):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("rule", sweep(NAMES))
+@pytest.mark.parametrize("rule", sweep(NAMES, ("upgrad", "graddrop")))
 def test_narrow_rows_count_as_their_float32_copies(rule, dtype):
     """Bit for bit: weights and state do not change, the update is rounded once, at the end."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)
@@ -99,7 +99,9 @@ def test_wide_rows_of_narrow_parameters_have_narrow_updates(rule):
     assert_same((update, state), (cast(expected, jnp.bfloat16), expected_state))
 
 
-@pytest.mark.parametrize("rule", sweep(n for n in NAMES if BY_NAME[n].scale_free))
+@pytest.mark.parametrize(
+    "rule", sweep((n for n in NAMES if BY_NAME[n].scale_free), ("upgrad", "aligned_mtl", "config"))
+)
 def test_loss_scaling_changes_no_bit_of_the_weights(rule):
     """Although the squares of float16 rows vanish at 2^-6 and overflow at 2^12."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)
@@ -138,7 +140,7 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("dtype", "route"), ROUTES)
-@pytest.mark.parametrize("rule", sweep(WEIGHTED))
+@pytest.mark.parametrize("rule", sweep(WEIGHTED, ("upgrad", "nash_mtl", "famo", "imtl")))
 def test_without_the_jacobian_weights_are_those_of_float32(rule, dtype, route):
     """From narrow parameters and losses; the gradient is rounded as a backward pass rounds."""
     aggregator, m = BY_NAME[rule].make(tasks_of(rule)), tasks_of(rule)

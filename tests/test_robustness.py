@@ -15,10 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import methods
 from tests.methods import BY_NAME, METHODS
 from tests.problems import flat, params_of, rows_of, size_of, tasks_of
 
 NAMES = [method.name for method in METHODS]
+QUICK = ("upgrad", "nash_mtl", "config", "graddrop", "moco", "famo")
 KINDS = (
     "generic",
     "conflict",
@@ -193,7 +195,7 @@ def sweep(rule, form_name, m, examples):
         every()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", methods.sweep(NAMES, QUICK))
 def test_drawn_gradients(name):
     """On a nested tree in float32, and on another form that depends on the rule."""
     others = [form for form in FORMS if form != "nested"]

@@ -60,6 +60,8 @@ RULES = {
     "modo": lambda m: modo(num_tasks=m),
     "sdmgrad": lambda m: sdmgrad(num_tasks=m),
 }
+# One of each kind of state; those of all rules are saved in a slow test.
+QUICK = ("dwa", "famo", "ldc_mtl", "moco", "track", "graddrop", "cr_mogm", "every_k")
 # Rules of other files whose state must survive a checkpoint too.
 ELSEWHERE = {
     "gradvac": lambda m: gradvac(num_tasks=m),
@@ -114,29 +116,34 @@ def skipped(state):
     return int(optax.tree.get(state, "mtl_skipped"))
 
 
-@pytest.fixture(scope="module")
-def three_steps():
-    """The states of every rule after 0, 1, 2 and 3 steps, and the last updates."""
-    runs = {}
-    for name in RULES | ELSEWHERE:
-        init, step, _ = compiled(name, 3)
-        states = [init(PARAMS)]
-        for t in range(3):
-            jacobian, inputs = data(t)
-            update, state = step(jacobian, states[-1], inputs)
-            states.append(state)
-        runs[name] = (states, update)
-    return runs
+@functools.cache
+def three_steps(name):
+    """The states of a rule after 0, 1, 2 and 3 steps, and the last update."""
+    init, step, _ = compiled(name, 3)
+    states = [init(PARAMS)]
+    for t in range(3):
+        jacobian, inputs = data(t)
+        update, state = step(jacobian, states[-1], inputs)
+        states.append(state)
+    return states, update
 
 
-def test_a_restored_run_is_the_run_that_was_not_stopped(three_steps, tmp_path):
-    saved = {name: states[2] for name, (states, _) in three_steps.items()}
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param(QUICK, id="few"),
+        pytest.param(tuple(RULES | ELSEWHERE), marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_a_restored_run_is_the_run_that_was_not_stopped(rules, tmp_path):
+    saved = {name: three_steps(name)[0][2] for name in rules}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "states", saved)
         checkpointer.wait_until_finished()
         targets = {name: compiled(name, 3)[0](PARAMS) for name in saved}
         restored = checkpointer.restore(tmp_path / "states", targets)
-    for name, (states, update) in three_steps.items():
+    for name in rules:
+        states, update = three_steps(name)
         assert jax.tree.structure(restored[name]) == jax.tree.structure(states[2])
         jacobian, inputs = data(2)
         resumed = compiled(name, 3)[1](jacobian, restored[name], inputs)
@@ -144,8 +151,8 @@ def test_a_restored_run_is_the_run_that_was_not_stopped(three_steps, tmp_path):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_state_keeps_its_form_and_compiles_once(rule, three_steps):
-    states, update = three_steps[rule]
+def test_state_keeps_its_form_and_compiles_once(rule):
+    states, update = three_steps(rule)
     forms = [jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states]
     assert forms[0] == forms[1] == forms[3]
     assert finite(states)
@@ -185,10 +192,10 @@ def test_an_absent_task_is_removed_exactly(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("where", ["losses", "gradients"])
-def test_a_nan_never_enters_the_state(rule, where, three_steps):
+def test_a_nan_never_enters_the_state(rule, where):
     if where == "losses" and rule in NO_LOSSES:
         pytest.skip("does not read losses")
-    before = three_steps[rule][0][2]
+    before = three_steps(rule)[0][2]
     jacobian, inputs = data(2)
     (inputs["losses"] if where == "losses" else jacobian["a"][1])[...] = np.nan
     update, after = compiled(rule, 3)[1](jacobian, before, inputs)

@@ -262,6 +262,7 @@ def example_rows(point):
     return jnp.stack([jnp.stack([jnp.array(a), jnp.array(b)]) for a in first for b in second])
 
 
+@pytest.mark.slow
 def test_weights_that_depend_on_the_noise_climb():
     """Theorem 1 at (0, 0.4): the mean step of MGDA worsens both objectives, CR-MGDA's neither."""
     rows = example_rows((0.0, 0.4))
@@ -278,6 +279,7 @@ def test_weights_that_depend_on_the_noise_climb():
         assert np.all(np.sign(true @ mean) == sign)
 
 
+@pytest.mark.slow
 def test_the_rate_of_averaged_weights():
     """Theorem 2 with corollary 1: O(1 / sqrt(n)), and no larger than the bound with its constants.
 
@@ -411,6 +413,7 @@ def test_rates_of_moco(statement, alpha, beta, gamma, rho, rate):
 # --- Xiao et al. 2025, LDC-MTL ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ldc_mtl_reaches_stationary_points():
     """Theorem 1 (i): algorithm 2 ends at a stationary point, within O(1 / lambda) of the front."""
     losses, _, centres = quadratics(3, 3, seed=1)
