@@ -52,8 +52,8 @@ OPTIONS = {
 }
 STEPS = 2
 # What a rule can hold or send: a Gramian and its solver, coordinates and their random numbers,
-# rows of its own, a state of weights.
-FEW = ("upgrad", "graddrop", "moco", "famo")
+# rows of its own and weights.
+FEW = ("upgrad", "graddrop", "moco")
 
 
 @dataclasses.dataclass(frozen=True)

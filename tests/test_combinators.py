@@ -165,8 +165,8 @@ def test_corollary_1_stays_between_its_ends_for_every_schedule(schedule):
 
 @pytest.mark.parametrize(
     "rule",
-    [jaxmtl.nash_mtl(max_norm=1.0), jaxmtl.fairgrad(2.0, max_norm=1.0)],
-    ids=["nash", "fair"],
+    some([(jaxmtl.fairgrad(2.0, max_norm=1.0),), (jaxmtl.nash_mtl(max_norm=1.0),)]),
+    ids=["fair", "nash"],
 )
 def test_a_bound_on_the_norm_holds_between_renewals(rule):
     aggregator = jaxmtl.every_k(rule, 3, num_tasks=2)
@@ -206,7 +206,7 @@ def test_every_k_renews_every_k_steps():
 
 
 @pytest.mark.parametrize("apply_to", ["raw", "scaled"])
-@pytest.mark.parametrize("by", ["norm", "loss", "loss_norm"])
+@pytest.mark.parametrize("by", some(["loss_norm", "norm", "loss"]))
 def test_scale_rows(by, apply_to):
     rng = np.random.default_rng(0)
     jacobian = rng.standard_normal((3, 5)) * np.array([[1.0], [10.0], [1e3]])

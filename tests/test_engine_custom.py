@@ -408,6 +408,7 @@ def clip_at_large(x):
 clip_at_large.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e35, 1e35),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", some(["jax_enable_checks", "jax_numpy_rank_promotion"]))
 def test_under_the_flags_of_the_careful(flag):
     value = {"jax_enable_checks": True, "jax_numpy_rank_promotion": "raise"}[flag]

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxmtl.engine import explain, value_and_gramian
-from tests.problems import flat_rows
+from tests.problems import flat_rows, some
 
 
 class Block(nn.Module):
@@ -65,7 +65,7 @@ def compare(loss, params, x):
     assert np.max(np.abs(grads - expected_grads)) <= 4e-12 * np.sqrt(scale)
 
 
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize("name", some(LINEN))
 def test_linen(name):
     make, shape, integers = LINEN[name]
     with jax.enable_x64(True):

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxmtl import per_example_norms
 from jaxmtl.engine import cross_gramian, explain, value_and_gramian
-from tests.problems import flat_rows, indices, normal
+from tests.problems import flat_rows, indices, normal, some
 from tests.test_engine_paths import compare, layers, network, operations
 
 
@@ -293,7 +293,7 @@ def test_parameters_that_are_not_shared_stay_out(x64):
         )
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", some(["bfloat16", "float16", "float32"]))
 def test_low_precision(dtype):
     """Half precision keeps the order of operations: a scale may be what keeps numbers small."""
     loss, params, (x,) = WEIGHTS["weight norm"][0](16)

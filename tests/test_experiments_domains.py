@@ -380,6 +380,7 @@ def domains():
     return trunk, losses, params, tasks, found, new, jacobian
 
 
+@pytest.mark.slow
 def test_a_loss_is_that_of_its_domain_alone(domains):
     """Values and the rows of last layers by NumPy; a domain's last layer is no other's."""
     trunk, _, params, tasks, found, _, jacobian = domains

@@ -399,6 +399,7 @@ def mtan():
     return model, params, stats, batch, losses, new, jacobian
 
 
+@pytest.mark.slow
 def test_rows_are_the_gradients_of_the_losses(mtan):
     model, params, stats, batch, losses, new, jacobian = mtan
 

@@ -123,7 +123,7 @@ def test_equal_points_stay_together():
     np.testing.assert_array_equal(fronts.non_dominated(many), [True, True, False, True] * 100)
 
 
-@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("m", some([3, 2]))
 def test_gradient_of_the_hypervolume_is_that_of_finite_differences(m, x64):
     points, _, corner = (jnp.asarray(a) for a in pymoo_points(m))
     points = points[:10]
@@ -195,7 +195,7 @@ def test_a_front_is_that_of_closed_form(x64):
 
 
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("constructed", [False, True])
+@pytest.mark.parametrize("constructed", some([True, False]))
 def test_each_run_is_the_run_alone(paired, constructed, x64):
     """By a rule of the losses that has a state, with batches, a projection and many starts.
 

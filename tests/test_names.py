@@ -122,7 +122,7 @@ AS_VECTORS = {
 }
 
 
-@pytest.mark.parametrize("route", ["tasks", "encoder", "separate"])
+@pytest.mark.parametrize("route", some(["tasks", "separate", "encoder"], 2))
 def test_inputs_over_tasks_may_be_dicts(route):
     named, _, options = ROUTES[route]
     rule = jaxmtl.from_weighting(every_input, num_tasks=3)

@@ -154,6 +154,7 @@ def simplex_grid(steps):
     return np.stack([i, j, steps - i - j], axis=-1)[inside] / steps
 
 
+@WIDE_FIRST
 def test_cagrad_of_any_radius(precision):
     """The worst improvement in the ball equals its dual bound, found on a fine grid."""
     rtol = 1e-8 if precision == "float64" else 1e-3

@@ -63,7 +63,7 @@ def reference(jacobian, tau, norms):
     return d * np.linalg.norm(jacobian[0]) / np.linalg.norm(d)
 
 
-@pytest.mark.parametrize("kind", ["generic", "imbalanced", "duplicate"])
+@pytest.mark.parametrize("kind", some(["imbalanced", "generic", "duplicate"]))
 def test_one_step_is_the_quadratic_program(kind, x64):
     step = jax.jit(lambda x: jaxmtl.pcd(0.3, eps=0.0, num_tasks=5).update(x, start, params)[0])
     params = jnp.zeros(9)
@@ -95,6 +95,7 @@ def test_running_means_enter_the_program(x64):
     np.testing.assert_allclose(updates[2], expected, rtol=1e-9)
 
 
+@WIDE_FIRST
 def test_without_eps_powers_of_two_change_nothing(precision):
     aggregator = jaxmtl.pcd(0.1, eps=0.0, num_tasks=4)
     params = jnp.zeros(6)
@@ -136,6 +137,7 @@ def test_worked_out_cases(rows, expected, precision):
     np.testing.assert_allclose(updates[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@WIDE_FIRST
 def test_no_share_and_an_opposite_gradient_give_zero(precision):
     rows = np.array([[[0.3, -0.7], [-0.6, 1.4]]])
     np.testing.assert_array_equal(run(jaxmtl.pcd(0.0, num_tasks=2), rows)[1], 0)

@@ -112,7 +112,7 @@ def test_gramian_and_pullback_are_those_of_the_jacobian(chunk_size, x64):
         )
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 2])
+@pytest.mark.parametrize("chunk_size", some([None, 1, 2]))
 def test_cross_gramian_of_batches_of_different_sizes(chunk_size, x64):
     params, first = problem()
     second = {
@@ -187,7 +187,7 @@ def test_in_float32_at_extreme_scales(scale):
     chex.assert_trees_all_equal_dtypes(pullback(jnp.ones(3)), params)
 
 
-@pytest.mark.parametrize(("chunk_size", "log2"), [(None, 90), (1, 90), (1, -90)])
+@pytest.mark.parametrize(("chunk_size", "log2"), some([(None, 90), (1, -90), (1, 90)], 2))
 def test_a_step_in_float32_is_the_same_at_every_scale(chunk_size, log2):
     """Squares of the gradient of one task lie outside the format."""
     params, batches = jax.tree.map(jnp.float32, problem())
@@ -535,7 +535,7 @@ def test_an_encoder_with_several_functions_is_refused():
 # --- what surrounds the rules -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize("chunk_size", some([None, 1]))
 def test_absent_tasks_by_name_whatever_their_batch_holds(chunk_size, x64):
     params, batches = problem()
     mask = {"depth": True, "edges": False, "prior": True}

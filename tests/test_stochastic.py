@@ -15,6 +15,7 @@ from jaxmtl.rules.modo import modo
 from jaxmtl.rules.sdmgrad import sdmgrad
 from jaxmtl.transforms.track_gradients import track_gradients
 from tests.golden_sequences import names, sequences
+from tests.problems import some
 
 pytestmark = pytest.mark.usefixtures("x64")
 ROWS = np.random.default_rng(0).standard_normal((4, 3, 5))
@@ -231,7 +232,7 @@ def test_double_sampling_reads_a_cross_gramian(make):
     np.testing.assert_array_equal(state.inner.simplex_weights, [0.5, 0.5])
 
 
-@pytest.mark.parametrize("example", training_steps.runs())
+@pytest.mark.parametrize("example", some([(run,) for run in training_steps.runs()], 2))
 def test_training_steps(example):
     """Every written-out step brings the parameters near the Pareto set, from 3 away."""
     params = training_steps.train(*training_steps.runs()[example])

@@ -15,6 +15,7 @@ import pytest
 
 import jaxmtl
 from jaxmtl import metrics, solvers
+from tests.problems import some
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -71,7 +72,7 @@ def test_upgrad_reaches_the_front_where_mgda_stays():
     np.testing.assert_array_equal(points[-1], [3, 0])
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", some(range(2)))
 def test_upgrad_descends_on_convex_quadratics(seed):
     """The inequality behind theorem 1: sum f falls by w^T G w / (2 beta sqrt(m)) at least."""
     losses, matrices, _ = quadratics(3, 5, seed)
