@@ -42,6 +42,7 @@ def test_every_kind_of_network_has_finite_losses():
             assert np.all(np.isfinite(leaf)), name
 
 
+@pytest.mark.slow
 def test_the_command_for_an_accelerator(tmp_path, capsys):
     out = tmp_path / "records.jsonl"
     accelerator.main(["--smoke", "--parts", "precision", "solvers", "--out", str(out)])

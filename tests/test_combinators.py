@@ -28,7 +28,7 @@ def weights_over(aggregator, sequence, **extra):
     return np.array(found)
 
 
-@pytest.mark.parametrize("start", [None, "first", jnp.array([1.0, 0.0, 0.0])])
+@pytest.mark.parametrize("start", some(["first", None, jnp.array([1.0, 0.0, 0.0])]))
 def test_cr_mogm_is_algorithm_1(start):
     sequence = gramians(5)
     plain = weights_over(jaxmtl.mgda(), sequence)
@@ -250,6 +250,7 @@ def test_scale_rows_leaves_rows_of_zero_norm_or_loss():
         weights_over(jaxmtl.scale_rows(jaxmtl.mgda(), by="loss"), [jnp.eye(2)])
 
 
+@pytest.mark.slow
 def test_combinators_nest_with_one_set_of_logs():
     inner = jaxmtl.scale_rows(jaxmtl.cagrad(0.5, num_tasks=3), by="norm")
     aggregator = jaxmtl.cr_mogm(jaxmtl.every_k(inner, 2), alpha=0.5)

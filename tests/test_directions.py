@@ -77,6 +77,7 @@ def test_conic_grad_is_the_best_in_its_cone(m, precision):
             np.testing.assert_allclose(np.min(jacobian @ d), best, atol=tolerance * size * largest)
 
 
+@pytest.mark.slow
 def test_conic_grad_lies_between_mgda_and_the_mean(x64):
     jacobians = matrices(8, 4, 5, conflict=0.3)
     means = jacobians.mean(1)
@@ -169,6 +170,7 @@ def test_dibs_mtl_is_the_steps_in_coordinates(step_size, steps, precision):
     np.testing.assert_allclose(found, expected, atol=atol)
 
 
+@pytest.mark.slow
 def test_dibs_mtl_does_not_see_monotone_maps_of_losses(x64):
     """Of exp, log and a cube of the losses the gradients keep their directions."""
     targets = jnp.asarray(matrices(1, 3, 4)[0])

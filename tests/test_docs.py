@@ -64,6 +64,7 @@ def test_the_first_program_prints_what_the_readme_says(capsys):
     assert high_upgrad == start
 
 
+@pytest.mark.slow
 def test_frameworks_of_the_readme():
     """The few lines for NNX, Linen and Equinox, and those without the Jacobian, take a step."""
     pytest.importorskip("flax", reason="the extra `experiments` is not installed")

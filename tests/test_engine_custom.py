@@ -175,7 +175,7 @@ def problem(width=40):
     return {"w": normal(1, 4, width) / 2, "b": normal(2, width)}, normal(3, N, 4)
 
 
-@pytest.mark.parametrize("name", some(LOSSES, 10))
+@pytest.mark.parametrize("name", some(LOSSES, 6))
 def test_rows_are_those_of_vmap_grad(name, x64):
     """Losses, Gramian, pullback of both routes, with the Gramian and without."""
     loss, (params, x) = LOSSES[name], problem()

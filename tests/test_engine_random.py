@@ -193,6 +193,7 @@ def test_random_programs(steps, seed):
     check(steps, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, derandomize=True, **SETTINGS)
 @given(**PROGRAMS)
 def test_random_programs_of_tasks(steps, seed):

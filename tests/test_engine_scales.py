@@ -71,7 +71,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", some(WEIGHTS, 7))
 def test_equals_the_jacobian(name, x64):
     loss, params, args = WEIGHTS[name][0](24)
     compare(loss, params, tuple(x[:4] for x in args))
@@ -204,7 +204,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", some(NETWORKS, 4))
 def test_networks_equal_the_jacobian(name, x64):
     loss, params, args = NETWORKS[name](16)
     args = tuple(x[:4] for x in args)
@@ -325,6 +325,7 @@ def test_norms_of_extreme_size(size):
     np.testing.assert_allclose(scaled, one * np.float32(size), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_where_products_of_layers_are_rounded_they_are_taken_again(monkeypatch, x64):
     """On an accelerator a layer may multiply in less than float32; a Gramian may not."""
     loss, params, (x,) = WEIGHTS["weight norm"][0](16)
@@ -346,6 +347,7 @@ def test_where_products_of_layers_are_rounded_they_are_taken_again(monkeypatch, 
     np.testing.assert_allclose(gramian, rows @ rows.T, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kept_rows_in_a_scan_with_remat_need_no_inputs_and_cotangents(x64):
     """These take 128 positions in 12 layers; the rows themselves fewer bytes."""
     params = {"w": normal(1, 12, 16, 32), "v": normal(2, 12, 32, 16), "b": normal(3, 12, 32)}
@@ -375,6 +377,7 @@ def test_kept_rows_in_a_scan_with_remat_need_no_inputs_and_cotangents(x64):
     compare(loss, params, (x[:3],))
 
 
+@pytest.mark.slow
 def test_rows_of_stacked_layers_are_formed_some_at_a_time(x64):
     """Masked weights have rows; those of one layer exist beside what a gradient needs."""
     width, depth, n = 32, 6, 16

@@ -216,7 +216,7 @@ def compiled(fun, *args):
     return jax.jit(fun).lower(*args).compile(options)(*args)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, 6))
 def test_equals_the_jacobian(name, x64):
     losses_fn, params, args, words = MODELS[name]()
     weights, of_heads = normal(8, M), normal(9, M)
@@ -255,6 +255,7 @@ def test_equals_the_jacobian(name, x64):
     assert words in explain(losses_fn, params, *args)
 
 
+@pytest.mark.slow
 def test_two_batches_of_different_sizes(x64):
     losses_fn, params, first, _ = dense()
     second = normal(15, 9, 30), normal(16, 9, 2)
@@ -263,6 +264,7 @@ def test_two_batches_of_different_sizes(x64):
     np.testing.assert_allclose(found, rows[0] @ rows[1].T, rtol=0, atol=1e-12 * np.max(found))
 
 
+@pytest.mark.slow
 def test_rows_of_very_different_size_have_scales_of_their_own():
     """A step in float32 whose losses differ by 2^110 is that of the same losses near one."""
     losses_fn, params, args, _ = dense()

@@ -26,6 +26,7 @@ def test_averaged_parameters_learn_both_tasks(example):
     assert found["parity"] > 0.65
 
 
+@pytest.mark.slow
 def test_statistics_move_once_for_each_step():
     """Not once for each task: the mean moves by a tenth of the way, as momentum 0.9 says."""
     data, _ = _pictures.load()

@@ -190,6 +190,7 @@ def test_pairs_take_every_digit_as_left_one_and_never_twice_the_same():
     np.testing.assert_array_equal(labels[1], digits.labels[np.asarray(pairs.right[:10])])
 
 
+@pytest.mark.slow
 def test_convolution_with_pooling_is_what_flax_computes():
     x = jax.random.normal(jax.random.key(0), (2, 16, 12, 3))
     ours = ConvPool(features=4, size=5)

@@ -22,6 +22,7 @@ from experiments.faces.methods import METHODS, PAPER, Known  # noqa: E402
 from experiments.faces.networks import Network  # noqa: E402
 from experiments.study import append_records, read_records  # noqa: E402
 from tests.methods import sweep  # noqa: E402
+from tests.problems import some  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("faces")
 
@@ -175,6 +176,7 @@ def forty():
     return params, stats, batch, losses, new, jax.tree.map(np.asarray, rows)
 
 
+@pytest.mark.slow
 def test_rows_are_the_gradients_of_the_cross_entropies(forty):
     params, stats, batch, losses, new, rows = forty
     # Heads are the columns of one matrix: a task's row is zero in all columns but its own.
@@ -239,6 +241,7 @@ def test_every_method_takes_the_same_forty_rows(forty, name):
         np.testing.assert_allclose(moved, expected, atol=1e-3 * abs(moved).max())
 
 
+@pytest.mark.slow
 def test_chunks_of_rows_are_the_same_rows(state):
     batch = train.read(made_up_split().train, np.arange(16))
     args = state.params, state.stats, batch, np.arange(3)
@@ -288,7 +291,7 @@ def test_ldc_has_the_numbers_of_its_code_for_celeba():
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ldc_mtl", "mgda_ub", "upgrad"])
+@pytest.mark.parametrize("name", some(["upgrad", "ldc_mtl", "mgda_ub"]))
 def test_a_compiled_step_of_each_route(name):
     split = made_up_split()
     training = train.make_training(SMOKE, name, 3, 6)
@@ -318,6 +321,7 @@ def test_the_rate_is_that_of_steplr_or_a_constant():
     assert float(train.rate_of(options, 5)(1000)) == pytest.approx(3e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit(tmp_path):
     split = made_up_split()
 

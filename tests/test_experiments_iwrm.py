@@ -155,6 +155,7 @@ def test_the_shared_program_takes_every_rules_own_step():
         np.testing.assert_allclose(found, losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_rule_of_coordinates_takes_its_step_and_cosine():
     params, batch = linear_problem()
     aggregator, key = jaxmtl.graddrop(), jax.random.key(3)

@@ -165,6 +165,7 @@ def updated():
         return jax.device_get((agent, batch, new, log, other)), key
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_loops(updated):
     (agent, batch, new, log, _), key = updated
     loops = Loops(agent, batch, key, SMALL)

@@ -113,6 +113,7 @@ def test_the_network_is_the_description_atom_by_atom(three):
     assert np.ptp(outputs) > 0.1  # they do differ
 
 
+@pytest.mark.slow
 def test_padding_and_the_order_of_atoms_change_nothing(three):
     apply, params, graphs, outputs = three
     with jax.enable_x64(True):

@@ -38,6 +38,7 @@ from experiments.scenes.train import (  # noqa: E402
     network_of,
 )
 from experiments.study import append_records, config_of, read_records  # noqa: E402
+from tests.problems import some  # noqa: E402
 
 # --- losses and metrics ---------------------------------------------------------------------------
 
@@ -312,7 +313,7 @@ def number(params):
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("width", [64, 8])
+@pytest.mark.parametrize("width", some([8, 64]))
 def test_parameters_are_those_of_the_layers_described(width):
     f = [width * k for k in (1, 2, 4, 8, 8)]
     outputs = [13, 1, 3]
@@ -1294,6 +1295,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path, arguments, text):
         main.study.main([*arguments, "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_a_last_batch_counts_no_scene_twice():
     """Metrics of 3 scenes in batches of 2 are those of the 3 scenes."""
     options, benchmark = tiny("cityscapes2"), BENCHMARKS["cityscapes2"]

@@ -391,6 +391,7 @@ def problem():
     return losses_fn, params, rows
 
 
+@pytest.mark.slow
 def test_a_rule_moves_the_shared_parameters_and_tasks_move_their_own(problem):
     losses_fn, params, rows = problem
     init, direction = make_direction(METHODS["mgda"], 2, 5, None)

@@ -57,6 +57,7 @@ def test_weighted_optima_are_those_of_two_nested_scans():
         assert abs(x2 - depth[np.argmin(np.tanh(-depth / 2) * height)]) < 1e-3
 
 
+@pytest.mark.slow
 def test_no_point_of_a_dense_grid_dominates_the_front(x64):
     ticks = np.linspace(-12, 12, 241)
     grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
@@ -107,6 +108,7 @@ def test_a_run_is_adam_on_the_shorter_combination_of_two_gradients(x64):
         np.testing.assert_allclose(end, x, atol=1e-4)  # records are rounded to four digits
 
 
+@pytest.mark.slow
 def test_closed_form_of_imtl_stops_at_the_front_where_the_pseudo_inverse_slides(x64):
     def updates(rows):
         for rule in (toy.imtl_closed_form(), jaxmtl.imtl_g()):

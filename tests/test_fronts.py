@@ -90,6 +90,7 @@ def test_hypervolume_at_extreme_scales(precision):
     np.testing.assert_allclose(found, PYMOO[3][0], rtol=1e-12 if precision == "float64" else 2e-6)
 
 
+@pytest.mark.slow
 def test_masks_and_nan_remove_points(x64):
     points, simplex, corner = (jnp.asarray(a) for a in pymoo_points(3))
     mask = jnp.arange(len(points)) % 2 == 0
@@ -137,6 +138,7 @@ def test_gradient_of_the_hypervolume_is_that_of_finite_differences(m, x64):
     assert (np.abs(numeric).sum(axis=1)[np.asarray(fronts.non_dominated(points))] > 0).all()
 
 
+@pytest.mark.slow
 def test_under_vmap_the_measures_are_those_of_each_set(x64):
     sets = jnp.asarray(np.random.default_rng(0).random((3, 12, 3)))
     corner, front = jnp.ones(3), sets[0]

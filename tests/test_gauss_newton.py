@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxmtl
-from tests.problems import some
+from tests.problems import WIDE_FIRST, some
 
 IN_AXES = (None, 0, 0)
 
@@ -66,6 +66,7 @@ SCALED = jaxmtl.gauss_newton(scaled, in_axes=(None, 0, 0, None), damping=1e-2)
 SCALED_STEP = jax.jit(SCALED.value_and_grad)
 
 
+@WIDE_FIRST
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("scale", some([2.0**-40, 1.0, 2.0**40]))
 def test_the_direction_is_the_damped_least_squares_solution(count, scale, precision):

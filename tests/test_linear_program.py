@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize
 
 from jaxmtl.solvers import linear_program
-from tests.problems import some
+from tests.problems import WIDE_FIRST, some
 
 
 def cases(n, k, seed):
@@ -28,6 +28,7 @@ def cases(n, k, seed):
     return cost, rows, bounds
 
 
+@WIDE_FIRST
 @pytest.mark.parametrize(("n", "k"), some([(1, 2), (8, 9), (2, 3), (4, 5), (20, 21)], 2))
 def test_the_optimum_is_that_of_scipy(n, k, precision):
     solve = jax.jit(jax.vmap(linear_program))

@@ -195,6 +195,7 @@ def test_equal_weighting_is_the_sum(x64):
     )
 
 
+@pytest.mark.slow
 def test_cagrad_is_shorter_by_1_25(x64):
     theirs = update_of(jaxmtl.cagrad(0.5, rescale="1/(1+c^2)"))
     np.testing.assert_allclose(1.25 * theirs, update_of(jaxmtl.cagrad(0.5)), rtol=1e-12)
@@ -428,6 +429,7 @@ def first_weights(rule, rows, losses, steps=1):
     return np.asarray(weights)
 
 
+@pytest.mark.slow
 def test_gradnorm_of_mtrl_is_that_of_alpha_0(x64):
     """L1 of the norms to their mean, whatever the losses: l_0 is that of the step itself."""
     rate, m = 1e-6, 3

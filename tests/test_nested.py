@@ -222,6 +222,7 @@ def test_mean_and_variance_of_the_stochastic_rows():
     np.testing.assert_allclose(mean, x / 4 * (1 - 3.0**-terms) * (1 - 0.5 * 0.6**steps))
 
 
+@pytest.mark.slow
 def test_the_variance_of_a_run_stays_bounded():
     """Lemma 1: with T = 1 and a warm start, bias as without noise, variance that does not grow."""
 

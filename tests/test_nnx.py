@@ -171,6 +171,7 @@ def test_aux_and_sown_values():
         flax.value_and_jacobian(keeping)(fresh(), X, Y)
 
 
+@pytest.mark.slow
 def test_keywords_go_to_the_losses_function():
     def scaled(model, x, y, scale=1.0):
         return scale * losses_fn(model, x, y)

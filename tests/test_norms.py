@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import jaxmtl
 from tests import test_engine, test_engine_random
-from tests.problems import flat_rows
+from tests.problems import WIDE_FIRST, flat_rows
 from tests.test_engine import compiled, normal
 
 KINDS = ["mlp", "transposed_layouts", "sequence", "conv_net"]
@@ -20,6 +20,7 @@ def explicit(loss, params, *args, in_axes):
     return flat_rows(jacobian)
 
 
+@WIDE_FIRST
 @pytest.mark.parametrize("kind", KINDS)
 def test_norms_and_clipped_sums_are_those_of_the_gradients(kind, precision):
     loss, params, args = getattr(test_engine, kind)()
@@ -42,6 +43,7 @@ def test_norms_and_clipped_sums_are_those_of_the_gradients(kind, precision):
         np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.lists(test_engine_random.step(), min_size=1, max_size=5), st.integers(0, 99))
 def test_norms_of_random_programs(steps, seed):

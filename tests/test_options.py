@@ -106,6 +106,7 @@ def test_ridge_of_the_present_tasks(ridge_of, precision):
     )
 
 
+@pytest.mark.slow
 def test_a_ridge_may_be_traced(x64):
     gramian = jnp.asarray(ROWS @ ROWS.T)
 

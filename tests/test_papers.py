@@ -212,6 +212,7 @@ def test_fairgrad_ends():
     assert cosine > 1 - 1e-4
 
 
+@pytest.mark.slow
 def test_options_of_nash_and_fairgrad():
     jacobian = jnp.array([[1.0, 2.0], [3.0, -1.0]])
     params = jnp.zeros(2)
@@ -233,6 +234,7 @@ def test_options_of_nash_and_fairgrad():
     np.testing.assert_allclose(scaled, update(fair, jacobian) * 2.0**200, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_cagrad_rescaling():
     jacobian = jnp.array([[1.0, 2.0], [3.0, -1.0]])
     params = jnp.zeros(2)

@@ -59,6 +59,7 @@ PYMOO = {
 }
 
 
+@pytest.mark.slow
 def test_the_re_suite_is_the_authors(x64):
     assert {make().name for make in problems.SUITE} == set(SUITE)
     for name, values in SUITE.items():

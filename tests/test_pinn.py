@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("scipy", reason="the extra `experiments` is not installed")
 
 from experiments.examples import _pinn
+from tests.problems import some
 
 COUNTS = {
     "Burgers": {"equation": 5, "initial": 3, "boundary": 2},
@@ -15,7 +16,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("make", [_pinn.burgers, _pinn.cavity])
+@pytest.mark.parametrize("make", some([_pinn.burgers, _pinn.cavity]))
 def test_one_function_of_all_points_has_the_same_loss(make, x64):
     equation = make()._replace(weights=dict.fromkeys(make().conditions, 2.5))
     params = _pinn.initial_params(jax.random.key(0), equation.sizes)

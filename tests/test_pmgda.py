@@ -75,6 +75,7 @@ def test_corrections_are_the_linear_program(precision):
         assert np.linalg.norm(d) <= 1 + atol
 
 
+@pytest.mark.slow
 def test_reaches_the_ray_on_a_concave_front(x64):
     """The losses of Fonseca and Fleming on one line, from both ends."""
 

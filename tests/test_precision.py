@@ -241,6 +241,7 @@ def trained(log2, dtype, dynamic):
         return jax.jit(train)(example.make_data(), example.start_scale(log2))
 
 
+@pytest.mark.slow
 def test_the_loss_scale_follows_the_overflows():
     log = trained(24, jnp.float16, True)
     overflow = np.diff(np.asarray(log.skipped), prepend=0) > 0
@@ -260,6 +261,7 @@ def test_the_loss_scale_follows_the_overflows():
     np.testing.assert_array_equal(log.losses[after], log.losses[after - 1])
 
 
+@pytest.mark.slow
 def test_a_static_loss_scale_changes_no_bit():
     """In bfloat16, whose range is that of float32, of the weights and of the whole run."""
     log, scaled = (trained(log2, jnp.bfloat16, False) for log2 in (0, 10))

@@ -68,6 +68,7 @@ def test_wrong_rewards_are_sentences():
         standardize_rewards(jnp.ones((4, 2, 3)), eps=-1)
 
 
+@pytest.mark.slow
 def test_the_bandit_s_losses_follow_the_policy_gradient(x64):
     """With all answers as samples in proportion, the loss's slope is that of expected rewards."""
     bandit = multi_reward_bandit.draw_bandit(jax.random.key(3))

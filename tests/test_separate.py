@@ -203,6 +203,7 @@ def test_a_step_in_float32_is_the_same_at_every_scale(chunk_size, log2):
         np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=2e-5 * top)
 
 
+@pytest.mark.slow
 def test_parameters_narrower_than_float32():
     params, batches = jax.tree.map(jnp.bfloat16, problem())
     _, gramian, pullback = jax.jit(jaxmtl.value_and_gramian(LOSSES))(params, batches)
@@ -554,6 +555,7 @@ def test_absent_tasks_by_name_whatever_their_batch_holds(chunk_size, x64):
         step(params, rule.init(params), batches, task_mask={"depth": True, "edges": True})
 
 
+@pytest.mark.slow
 def test_buffers_can_be_donated(x64):
     params, batches = problem()
     rule = jaxmtl.cr_mogm(jaxmtl.mgda(), num_tasks=3)
@@ -638,6 +640,7 @@ def test_modules_of_the_frameworks():
 # --- batches of equal shape -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_batches_of_equal_shape_by_in_axes_over_tasks(x64):
     """A head per task, stacked: the same as one function and one batch per task, on all routes."""
     m = 4

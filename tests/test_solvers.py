@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmtl import solvers
+from tests.problems import WIDE_FIRST
 
 KINDS = ("generic", "conflict", "rank_deficient", "duplicate", "stationary", "imbalanced", "ill")
 
@@ -52,6 +53,7 @@ def call(name, *args):
     return compiled(name, jax.config.jax_enable_x64)(*args)
 
 
+@WIDE_FIRST
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [3, 8])
 def test_dual_cone_solves_the_kkt_conditions(m, kind, precision):
@@ -74,6 +76,7 @@ def test_dual_cone_solves_the_kkt_conditions(m, kind, precision):
         assert np.abs(gap).max() <= 1e-6 * scale
 
 
+@WIDE_FIRST
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m", [1, 3, 8])
 def test_min_norm_is_the_nearest_point_of_the_hull(m, kind, precision):

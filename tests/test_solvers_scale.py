@@ -10,7 +10,7 @@ import pytest
 import quadprog
 
 from jaxmtl import solvers
-from tests.problems import some
+from tests.problems import WIDE_FIRST, some
 
 KINDS = ("square", "wide", "rank_deficient", "decaying", "duplicate")
 
@@ -47,6 +47,7 @@ def solve(matrix, linear, **options):
     return compiled(jax.config.jax_enable_x64, **options)(matrix, linear)
 
 
+@WIDE_FIRST
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "m", [96, pytest.param(256, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow)]

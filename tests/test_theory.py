@@ -57,6 +57,7 @@ def slope_of(sizes, values):
 # --- Quinton and Rey 2024, Jacobian descent -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_upgrad_reaches_the_front_where_mgda_stays():
     """Theorem 1 on (x^2, y^2), whose Pareto set is the origin; MGDA stays at (3, 0)."""
 
@@ -172,6 +173,7 @@ def test_aligned_rows_are_the_nearest_of_condition_one():
             assert np.linalg.norm(rows - system) > distance
 
 
+@pytest.mark.slow
 def test_aligned_mtl_on_the_shared_representation():
     """Eq. 7 and theorem 3: the update is J Z^ p, and L_0 falls to where its slope is 0."""
     # H = matrix^T theta of norm 1, so that Lambda = 1 for L_0.
@@ -214,6 +216,7 @@ NOISE -= NOISE.mean(0)  # every sample is as likely: expectations are means over
 TRUE_ROWS = np.random.default_rng(1).standard_normal((3, 4))
 
 
+@pytest.mark.slow
 def test_correlation_and_variance_of_averaged_weights():
     """Lemmas 1 and 2, with B = 1 for MGDA."""
     m, rows = 3, TRUE_ROWS + NOISE

@@ -17,6 +17,7 @@ import pytest
 from optax.experimental import aggregating
 
 import jaxmtl
+from tests.problems import some
 
 pytestmark = pytest.mark.xdist_group("wrappers")
 
@@ -686,7 +687,9 @@ def _():
 # --- the tests --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.wrapper.replace("`", ""))
+@pytest.mark.parametrize(
+    "row", some([(r,) for r in ROWS], 12), ids=lambda row: row.wrapper.replace("`", "")
+)
 def test_row(row):
     pytest.importorskip("flax")
     row.check()
