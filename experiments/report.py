@@ -29,6 +29,7 @@ STUDIES = (
     "tabular",
     "domains",
     "faces",
+    "molecules",
     "metaworld",
 )
 MARK = "<!-- From here on printed by `python -m experiments.report` from the records. -->\n"
