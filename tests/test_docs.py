@@ -45,7 +45,7 @@ def test_readme_is_short():
     assert len(jaxmtl.methods()) > 40
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # `.ci/newcomer` runs it in an environment of its own
 def test_the_first_program_prints_what_the_readme_says(capsys):
     """Pasted as it stands, in a fresh namespace."""
     program = LISTING.findall(README)[0]
@@ -64,7 +64,6 @@ def test_the_first_program_prints_what_the_readme_says(capsys):
     assert high_upgrad == start
 
 
-@pytest.mark.slow
 def test_frameworks_of_the_readme():
     """The few lines for NNX, Linen and Equinox, and those without the Jacobian, take a step."""
     pytest.importorskip("flax", reason="the extra `experiments` is not installed")
