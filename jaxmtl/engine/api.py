@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxmtl import base, checks, keywords, linalg
 from jaxmtl.engine import routes
-from jaxmtl.engine.route import Options
+from jaxmtl.engine.route import Options, Pull
 from jaxmtl.separate import Losses
 from jaxmtl.types import Aggregator, PyTree
 
@@ -186,16 +186,18 @@ def value_and_grad(
         weights = lax.stop_gradient(weights)
         mask = extra.get("task_mask")
         heads = _head_weights(weighting, reads_gramian, weights, state, mask)
-        grads = found.pullback(weights, heads)
-        grads, new_state = _skip_together(grads, new_state, state)
+        pull: Pull = found.pullback.func
+        grads, ok = pull.checked(*found.pullback.args, weights, heads)
+        grads, new_state = _skip_together(ok, grads, new_state, state)
         value = found.aux.returned(found.losses, has_aux, in_axes is not None)
         return (value, new_state), grads
 
     return evaluate
 
 
-def _skip_together(grads: PyTree, new_state: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-    ok = linalg.all_finite(grads)
+def _skip_together(
+    ok: jax.Array, grads: PyTree, new_state: PyTree, state: PyTree
+) -> tuple[PyTree, PyTree]:
     if hasattr(state, "mtl_skipped"):  # A step that the rule skips is one for heads too.
         ok &= new_state.mtl_skipped == state.mtl_skipped
     grads = jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), grads)
@@ -219,7 +221,8 @@ def _value_and_grad_of_features(options: Options, aggregator: Aggregator) -> Cal
         mask = extra.get("task_mask")
         heads = jnp.ones_like(losses) if mask is None else jnp.where(mask, 1, 0)
         grads = found.pull_features(lax.stop_gradient(update), heads.astype(losses.dtype))
-        grads, new_state = _skip_together(grads, new_state, state)
+        ok = linalg.all_finite(grads)
+        grads, new_state = _skip_together(ok, grads, new_state, state)
         value = found.aux.returned(found.losses, options.has_aux, False)
         return (value, new_state), grads
 

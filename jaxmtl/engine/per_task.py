@@ -351,7 +351,7 @@ def _by_rows(
     _, (blocks, nonzero, exponent) = lax.scan(step, start, pairs)
     table = jnp.zeros((of_a, of_a, size, size), dtype).at[pairs[:, 0], pairs[:, 1]].set(blocks)
     lower = table.transpose(0, 2, 1, 3).reshape(of_a * size, of_a * size)[:num_a, :num_a]
-    table = jnp.where(jnp.tri(num_a, dtype=bool), lower, lower.T)
+    table = linalg.mirrored(lower)
     diagonal = jnp.asarray([i * (i + 1) // 2 for i in range(of_a)])
     return table, nonzero[diagonal].reshape(-1)[:num_a], exponent[diagonal].reshape(-1)[:num_a]
 

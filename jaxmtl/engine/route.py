@@ -12,6 +12,9 @@ from jaxmtl import arguments, keywords, linalg, separate
 from jaxmtl.names import Aux
 from jaxmtl.types import PyTree
 
+# Two factors of a power of two; None for one.
+Power = tuple[jax.Array, jax.Array] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -102,31 +105,59 @@ class Pull:
         self, residual: Any, weights: jax.Array, head_weights: jax.Array | None = None
     ) -> PyTree:
         """Returns a pytree like the parameters."""
+        pulled = self._pulled(residual, weights, head_weights)
+        return jax.tree.unflatten(self.treedef, [_in_scale(x, power) for x, power in pulled])
+
+    def checked(
+        self, residual: Any, weights: jax.Array, head_weights: jax.Array | None = None
+    ) -> tuple[PyTree, jax.Array]:
+        """Returns the same, and whether all of it is finite."""
+        pulled = self._pulled(residual, weights, head_weights)
+        # Before the scale: its product with a whole leaf need not be written for this alone.
+        largest = [_in_scale(jnp.max(jnp.abs(x)), power) for x, power in pulled if x.size]
+        grads = [_in_scale(x, power) for x, power in pulled]
+        return jax.tree.unflatten(self.treedef, grads), linalg.all_finite(largest)
+
+    def _pulled(
+        self, residual: Any, weights: jax.Array, head_weights: jax.Array | None
+    ) -> list[tuple[jax.Array, Power]]:
         weights = jnp.asarray(weights)
-        grads = self._scaled(residual, weights, self.shared)
+        pulled = self._scaled(residual, weights, self.shared)
         if not all(self.shared):
             if head_weights is None:
                 head_weights = jnp.ones_like(weights)
             heads = tuple(not flag for flag in self.shared)
             of_heads = self._scaled(residual, jnp.asarray(head_weights), heads)
-            pairs = zip(grads, of_heads, self.shared, strict=True)
-            grads = [grad if flag else head for grad, head, flag in pairs]
-        return jax.tree.unflatten(self.treedef, grads)
+            pairs = zip(pulled, of_heads, self.shared, strict=True)
+            pulled = [grad if flag else head for grad, head, flag in pairs]
+        return pulled
 
-    def _scaled(self, residual: Any, weights: jax.Array, wanted: Sequence[bool]) -> list[jax.Array]:
-        """Returns ``pull`` in units in which no cotangent overflows where no row does."""
+    def _scaled(
+        self, residual: Any, weights: jax.Array, wanted: Sequence[bool]
+    ) -> list[tuple[jax.Array, Power]]:
+        """Returns ``pull`` in units in which no cotangent overflows where no row does.
+
+        Each wanted leaf comes with the factors of a power of two that it is yet to be scaled by.
+        """
         weights = weights.astype(linalg.accumulation_dtype(weights))
         if not self.scales:
-            return self.pull(residual, lax.optimization_barrier(weights), wanted)
+            grads = self.pull(residual, lax.optimization_barrier(weights), wanted)
+            return [(grad, None) for grad in grads]
         _, exponent = jnp.frexp(jnp.max(jnp.abs(weights)))
         grads = self.pull(residual, linalg.ldexp(weights, -exponent), wanted)
         dtypes = {
             linalg.accumulation_dtype(x) for x, flag in zip(grads, wanted, strict=True) if flag
         }
         powers = {dtype: linalg.powers_of_two(exponent, dtype) for dtype in dtypes}
+        return [
+            (grad, powers[linalg.accumulation_dtype(grad)] if flag else None)
+            for grad, flag in zip(grads, wanted, strict=True)
+        ]
 
-        def back(grad: jax.Array) -> jax.Array:
-            first, second = powers[linalg.accumulation_dtype(grad)]
-            return (grad.astype(first.dtype) * first * second).astype(grad.dtype)
 
-        return [back(grad) if flag else grad for grad, flag in zip(grads, wanted, strict=True)]
+def _in_scale(x: jax.Array, power: Power) -> jax.Array:
+    """Multiplies by a power of two, given as two factors."""
+    if power is None:
+        return x
+    first, second = power
+    return (x.astype(first.dtype) * first * second).astype(x.dtype)

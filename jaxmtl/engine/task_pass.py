@@ -134,7 +134,10 @@ class Layers:
                 block = both(
                     factors.products_of_tasks(outers[i], outers[j], pairing, columns, dtype)
                 )
-                block = _mirrored(block) if outers[i] is outers[j] else block + block.T
+                if outers[i] is outers[j]:
+                    block = linalg.mirrored(block)
+                else:
+                    block = linalg.after_writing(block, lambda x: x + x.T)
                 total = total + block
             return total, nonzero, exponent
         push, pull = self._maps(env, group)
@@ -142,7 +145,7 @@ class Layers:
             rows = jax.vmap(pull)(cotangents)
 
             total = _sum(factors.by_blocks(x, x, columns, 0, True, dtype) for x in rows)
-            return _mirrored(both(total)), nonzero, exponent
+            return linalg.mirrored(both(total)), nonzero, exponent
 
         def column(j: jax.Array) -> jax.Array:
             one = jax.tree.map(lambda x: x[j], cotangents)
@@ -218,11 +221,6 @@ def _at(x: jax.Array, place: int, count: int) -> jax.Array:
     if count == 1:
         return x
     return jnp.pad(x, ((place, count - 1 - place), *((0, 0),) * (x.ndim - 1)))
-
-
-def _mirrored(table: jax.Array) -> jax.Array:
-    """Returns a symmetric table of which the half below the diagonal is known."""
-    return jnp.where(jnp.tri(table.shape[0], dtype=bool), table, table.T)
 
 
 def _sum_of_tables(found: Sequence[Table], m: int, dtype: jnp.dtype) -> Table:
