@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmtl import base, linear_scalarization, trimmed_mean
+from jaxmtl import base, linalg, linear_scalarization, mgda, trimmed_mean
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 from tests.problems import flat_rows, some
 
@@ -275,6 +275,73 @@ def test_non_finite_steps_are_skipped():
 
 
 # --- transformations --------------------------------------------------------------------------
+
+
+def huge(dtype):
+    """A step of a rule whose weights are 1e4: of gradients of 1 it is 2e4, of 10 it is 2e5."""
+    rule = base.from_weighting(lambda gramian: jnp.full(len(gramian), 1e4))
+
+    def step(state, size):
+        params = jnp.ones(3, dtype)
+        evaluate = value_and_grad(lambda p: jnp.stack([p.sum(), p.sum()]) * size, rule)
+        (_, state), grads = evaluate(params, state)
+        return state, grads
+
+    return jax.jit(step), rule.init(jnp.ones(3, dtype))
+
+
+@pytest.mark.parametrize("dtype", some([jnp.float16, jnp.float32]))
+def test_updates_that_leave_the_format_are_skipped(dtype):
+    """Finite gradients and weights, whose sum is not: found before the last scaling of it."""
+    step, state = huge(dtype)
+    unit = 1 if dtype == jnp.float16 else 1e33
+    state, grads = step(state, unit)
+    np.testing.assert_allclose(grads, np.full(3, 2e4 * unit, dtype), rtol=1e-3)
+    assert int(state.mtl_skipped) == 0
+    state, grads = step(state, 10 * unit if dtype == jnp.float16 else 1e35)
+    np.testing.assert_array_equal(grads, np.zeros(3))
+    assert int(state.mtl_skipped) == 1
+
+
+def test_steps_hold_no_copy_of_their_update():
+    """Beside the update itself, which may lie where the new parameters will."""
+    rule = mgda()
+    params = {"w": normal(1, 256, 256), "v": normal(2, 256, 256)}
+    x = normal(3, 16, 256)
+
+    def loss(params, x):
+        return jnp.sum(jnp.tanh(jnp.tanh(x @ params["w"]) @ params["v"]))
+
+    def step(params, state, x):
+        (_, state), grads = value_and_grad(loss, rule, in_axes=(None, 0))(params, state, x)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), state
+
+    program = jax.jit(step).lower(params, rule.init(params), x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * params["w"].nbytes  # of two
+
+
+@pytest.mark.parametrize("make", [linalg.symmetric, linalg.mirrored])
+def test_tables_of_many_tasks_are_symmetric_to_the_last_bit(make):
+    """Also where sums of products stand behind them, batched, differentiated and not finite."""
+    n = 80  # past the size from which on tables are written first
+    x, y = normal(1, n, 30), normal(2, n, 30)
+
+    def table(x, y):
+        return make((x @ y.T) * (y @ x.T) + x @ x.T)
+
+    found = np.asarray(jax.jit(table)(x, y))
+    np.testing.assert_array_equal(found, found.T)
+    x64, y64 = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    expected = (x64 @ y64.T) * (y64 @ x64.T) + x64 @ x64.T
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    batched = jax.jit(jax.vmap(table))(jnp.stack([x, y]), jnp.stack([y, x]))
+    np.testing.assert_allclose(batched[0], found, rtol=1e-5, atol=1e-5)
+    units = jax.grad(lambda t: jnp.sum(make(t)))(jnp.zeros((n, n)))
+    lower = np.tri(n) + np.tri(n, k=-1)
+    np.testing.assert_array_equal(units, np.ones((n, n)) if make is linalg.symmetric else lower)
+    broken = make(jnp.ones((n, n)).at[0, 0].set(jnp.nan).at[5, 3].set(jnp.inf))
+    assert np.isnan(broken[0, 0])
+    assert np.isinf(broken[[5, 3], [3, 5]]).all()
 
 
 @pytest.mark.parametrize("route", ["tasks", "examples"])

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxmtl import base, checks, keywords, linalg
 from jaxmtl.engine import routes
-from jaxmtl.engine.route import Options, Pull
+from jaxmtl.engine.route import Options
 from jaxmtl.separate import Losses
 from jaxmtl.types import Aggregator, PyTree
 
@@ -186,7 +186,7 @@ def value_and_grad(
         weights = lax.stop_gradient(weights)
         mask = extra.get("task_mask")
         heads = _head_weights(weighting, reads_gramian, weights, state, mask)
-        pull: Pull = found.pullback.func
+        pull: Any = found.pullback.func  # a Pull
         grads, ok = pull.checked(*found.pullback.args, weights, heads)
         grads, new_state = _skip_together(ok, grads, new_state, state)
         value = found.aux.returned(found.losses, has_aux, in_axes is not None)

@@ -18,8 +18,10 @@ from jax import lax
 from jaxmtl import linalg
 from jaxmtl.compiled import compiled
 
-# Bytes of one array of faces in the active-set method; about four of them are alive.
-_CHUNK_BYTES = 2**25
+# Bytes of one array of faces in the active-set method; about three of them are alive. More would
+# save no time, and even unused they would make the working memory of a step so large that
+# allocators return it to the system after every call, to be cleared at the next.
+_CHUNK_BYTES = 2**22
 # Matrices larger than _SMALL meet _BLOCK right-hand sides at a time.
 _SMALL, _BLOCK = 64, 32
 
@@ -104,7 +106,9 @@ def conjugate_gradients(
         curvature = jnp.maximum(total(c.direction * image), eps * c.descent)
         curvature = jnp.where(live, curvature, 1)
         exact = jnp.where(live, c.descent / curvature, 0)
-        steepest = jnp.max(-c.direction / (c.x + tiny), 0, keepdims=True)
+        falling = c.direction < 0
+        steepest = jnp.where(falling, -c.direction / (c.x + tiny), 0)
+        steepest = jnp.max(steepest, 0, keepdims=True)
         blocked = exact * steepest > 1
         length = jnp.where(blocked, 1 / jnp.where(blocked, steepest, 1), exact)
         stuck = length > longest
@@ -352,7 +356,7 @@ def nonneg_qp(
       start: (k, m) feasible starting points; zero if None.
       steps: Largest number of conjugate-gradient steps, by default ``2 m + 50``.
       chunk_size: How many problems the active-set method factors at a time; by default as
-        many as keep its arrays below 150 MB. The results do not depend on it.
+        many as fit into 4 MB. The results do not depend on it.
 
     Returns:
       `Solution` with value (k, m) and residual (k,).
