@@ -395,7 +395,7 @@ def from_rule(rule: Rule) -> Aggregator:
 def _rows(jacobian: Jacobian, params: PyTree, extra: Mapping[str, Any], m: int) -> Jacobian:
     mask = checks.stack_named(dict(extra)).get("task_mask")
     mask = None if mask is None else checks.check_mask(mask, m)
-    return tasks.zero_absent_rows(widen(jacobian, params), mask)
+    return linalg.written(tasks.zero_absent_rows(widen(jacobian, params), mask))
 
 
 def widen(jacobian: Jacobian, params: PyTree) -> Jacobian:

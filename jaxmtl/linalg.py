@@ -6,7 +6,6 @@ here and nowhere else: products are accumulated in at least float32 at the
 highest matmul precision, leaf by leaf, without ever concatenating leaves.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +14,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
-# The size of a table from which on a branch costs less than reading its terms twice.
-_WRITTEN = 64
+# The entries of an array from which on a branch costs less than reading its terms twice.
+_WRITTEN = 2**12
 
 
 def accumulation_dtype(*trees: PyTree) -> jnp.dtype:
@@ -112,30 +111,37 @@ def row_products(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def symmetric(product: jax.Array) -> jax.Array:
     """Returns a Gramian with both sides of the diagonal rounded alike."""
     # Fused into its own transpose, a sum of products would not round alike on both sides.
-    product = lax.optimization_barrier(product)
-    return after_writing(product, lambda x: (x + x.T) / 2)
+    product = written(lax.optimization_barrier(product))
+    return (product + product.T) / 2
 
 
 def mirrored(table: jax.Array) -> jax.Array:
     """Returns a symmetric table (m, m) of which the half below the diagonal is known."""
-    return after_writing(table, lambda x: jnp.where(jnp.tri(len(x), dtype=bool), x, x.T))
+    table = written(table)
+    return jnp.where(jnp.tri(len(table), dtype=bool), table, table.T)
 
 
-def after_writing(table: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns a function of a table (m, m) that reads its transpose too.
+def written(tree: PyTree) -> PyTree:
+    """Returns a tree of arrays that are in memory before anything reads them.
 
-    On CPUs XLA fuses the sums behind a table into its transpose, barriers or not, and then reads
-    all their terms column by column: at 256 tasks that takes half as long as the products which
-    are the terms. The operand of a branch it writes first.
+    On CPUs XLA fuses sums and transposes into each of their readers, barriers or not; what is read
+    several times, or along the wrong side, then costs more than the products it is made of. What
+    goes through a branch it writes once.
     """
-    if len(table) < _WRITTEN:
-        return function(table)
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.size(x) >= _WRITTEN]
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    if not traced or any(explicit_sharding(jax.typeof(x)) for x in leaves):
+        return tree
+    one = leaves[0][(0,) * leaves[0].ndim]
 
-    def branch(table: jax.Array) -> jax.Array:
-        # The same either way.
-        return lax.cond(table[0, 0] == table[0, 0], function, function, table)
+    def equal(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.where(x == x, x, jnp.nan), tree)
 
-    return lax.platform_dependent(table, cpu=branch, default=function)
+    def through_a_branch(tree: PyTree) -> PyTree:
+        # Either way the tree as it is, of which the compiler cannot know.
+        return lax.cond(one == one, lambda tree: tree, equal, tree)
+
+    return lax.platform_dependent(tree, cpu=through_a_branch, default=lambda tree: tree)
 
 
 def num_rows(jacobian: PyTree) -> int:

@@ -137,7 +137,8 @@ class Layers:
                 if outers[i] is outers[j]:
                     block = linalg.mirrored(block)
                 else:
-                    block = linalg.after_writing(block, lambda x: x + x.T)
+                    block = linalg.written(block)
+                    block = block + block.T
                 total = total + block
             return total, nonzero, exponent
         push, pull = self._maps(env, group)
