@@ -129,19 +129,22 @@ def written(tree: PyTree) -> PyTree:
     goes through a branch it writes once.
     """
     leaves = [x for x in jax.tree.leaves(tree) if jnp.size(x) >= _WRITTEN]
-    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
-    if not traced or any(explicit_sharding(jax.typeof(x)) for x in leaves):
+    if not leaves or any(explicit_sharding(jax.typeof(x)) for x in leaves):
         return tree
-    one = leaves[0][(0,) * leaves[0].ndim]
+    return _through_a_branch(tree, leaves[0][(0,) * leaves[0].ndim])
+
+
+@jax.jit
+def _through_a_branch(tree: PyTree, any_number: jax.Array) -> PyTree:
+    """Returns the tree; on CPUs the compiler cannot know."""
 
     def equal(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jnp.where(x == x, x, jnp.nan), tree)
 
-    def through_a_branch(tree: PyTree) -> PyTree:
-        # Either way the tree as it is, of which the compiler cannot know.
-        return lax.cond(one == one, lambda tree: tree, equal, tree)
+    def branch(tree: PyTree) -> PyTree:
+        return lax.cond(any_number == any_number, lambda tree: tree, equal, tree)
 
-    return lax.platform_dependent(tree, cpu=through_a_branch, default=lambda tree: tree)
+    return lax.platform_dependent(tree, cpu=branch, default=lambda tree: tree)
 
 
 def num_rows(jacobian: PyTree) -> int:

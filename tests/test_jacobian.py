@@ -158,6 +158,23 @@ def test_value_and_jacobian_refuses_wrong_input():
         jaxmtl.value_and_jacobian(one, in_axes=(None, 2, 0))(params, xs, ys)
 
 
+def test_a_step_by_the_jacobian_holds_three_copies_of_the_rows():
+    """As they come, as they are kept, and scaled; XLA alone keeps another, transposed."""
+    n, m, rule = 128, 6, jaxmtl.upgrad()
+
+    def losses_fn(params, x):
+        return jnp.mean(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["h"], axis=0)
+
+    def step(params, state, x):
+        _, jacobian = jaxmtl.value_and_jacobian(losses_fn)(params, x)
+        return rule.update(jacobian, state, params)
+
+    params = {"a": jnp.ones((n, n)), "b": jnp.ones((n, n)), "h": jnp.ones((n, m))}
+    lowered = jax.jit(step).lower(params, rule.init(params), jnp.ones((16, n)))
+    rows = m * sum(x.nbytes for x in params.values())
+    assert lowered.compile().memory_analysis().temp_size_in_bytes <= 3.2 * rows
+
+
 def test_apply_updates_refuses_to_broadcast():
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(())}
     good = jax.tree.map(jnp.ones_like, params)

@@ -13,7 +13,9 @@ of ``.npy``, ``cityscapes3`` (classes, offsets from the instance's center, dispa
 own tree. Networks are ``mtan`` (SegNet with an attention tower per task), ``segnet``,
 ``cross_stitch`` and ``pspnet`` (a dilated ResNet-50). Sizes, batches and rates are by default the
 papers', which need an accelerator; ``--size``, ``--width`` and ``--levels`` make them smaller.
-``--resume`` goes on with a run that was cut short, from the end of its last epoch.
+``--resume`` goes on with a run that was cut short, from the end of its last epoch. A step touches
+much memory: on Linux, ``GLIBC_TUNABLES=glibc.malloc.hugetlb=1`` asks for it in large pages, which
+took a third off a gradient of ``mtan`` at width 8.
 
 A method combines the gradients of everything but the heads (of PSPNet, the decoders), which get the
 gradient of their own loss, or, by methods that take one backward pass, the weighted one. So do
