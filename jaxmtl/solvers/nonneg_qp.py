@@ -7,7 +7,6 @@ problem, a chunk at a time. Every solver of this package but the bargaining equa
 comes down to this one.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -79,11 +78,12 @@ def conjugate_gradients(
     dtype = linear.dtype
     eps, tiny = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny)
     tolerance = 4 * eps * m**0.5
-    goal = (tolerance * scale) ** 2
     # Beyond these, x may be on its way to infinity: left to the other method, which can tell.
     longest, largest = 1 / (4 * m * eps), eps**-0.25
 
     class Carry(NamedTuple):
+        linear: jax.Array  # (m, k)
+        scale: jax.Array  # (1, k)
         x: jax.Array  # (m, k)
         gradient: jax.Array  # (m, k) Q x - b
         direction: jax.Array  # (m, k); 0 where a problem is not worked on
@@ -91,17 +91,19 @@ def conjugate_gradients(
         length: jax.Array  # (1, k) of the last exact step
         conjugate: jax.Array  # (1, k) bool: the direction may be followed by a conjugate one
         stuck: jax.Array  # (1, k) bool
-        steps: jax.Array  # ()
+        solved: jax.Array  # (1, k) bool
+        steps: jax.Array  # (1, k)
+        cycles: jax.Array  # (1, k) how often the gradient was computed anew
 
     def total(products: jax.Array) -> jax.Array:
         return jnp.sum(products, 0, keepdims=True)
 
-    def working(c: Carry) -> jax.Array:
-        return jnp.any(c.descent > goal) & (c.steps < steps)
+    def moving(c: Carry) -> jax.Array:
+        return (c.descent > (tolerance * c.scale) ** 2) & (c.steps < steps)
 
     # Few passes over (m, k) arrays: beside the product they are the cost.
     def step(c: Carry) -> Carry:
-        live = c.descent > goal
+        live = c.descent > (tolerance * c.scale) ** 2
         image = matrix @ c.direction
         curvature = jnp.maximum(total(c.direction * image), eps * c.descent)
         curvature = jnp.where(live, curvature, 1)
@@ -131,7 +133,7 @@ def conjugate_gradients(
         direction = turn * c.direction - jnp.where(inside == inner, slope, 0)
         live &= ~stuck
         descent = jnp.where(inner, free, fixed)
-        return Carry(
+        return c._replace(
             x=x,
             gradient=gradient,
             direction=jnp.where(live, direction, 0),
@@ -142,34 +144,81 @@ def conjugate_gradients(
             steps=c.steps + 1,
         )
 
-    def begin(
-        x: jax.Array, gradient: jax.Array, length: jax.Array, stuck: jax.Array, steps: jax.Array
-    ) -> tuple[Carry, jax.Array]:
-        size = scale + jnp.max(x, 0, keepdims=True)
-        gap = jnp.max(jnp.abs(jnp.minimum(x, gradient)), 0, keepdims=True)
-        stuck |= size > largest * scale
+    def begin(c: Carry) -> Carry:
+        """Starts from x and its gradient."""
+        size = c.scale + jnp.max(c.x, 0, keepdims=True)
+        gap = jnp.max(jnp.abs(jnp.minimum(c.x, c.gradient)), 0, keepdims=True)
+        stuck = c.stuck | (size > largest * c.scale)
         solved = (gap <= 2 * tolerance * size) & ~stuck
-        slope = jnp.where(solved | stuck, 0, jnp.minimum(x / length, gradient))
-        descent = total(gradient * slope)
-        return Carry(x, gradient, -slope, descent, length, no, stuck, steps), solved
+        slope = jnp.where(solved | stuck, 0, jnp.minimum(c.x / c.length, c.gradient))
+        descent = total(c.gradient * slope)
+        no = jnp.zeros_like(stuck)
+        return c._replace(
+            direction=-slope, descent=descent, conjugate=no, stuck=stuck, solved=solved
+        )
 
-    def verify(carry: tuple[Carry, jax.Array, jax.Array]) -> tuple[Carry, jax.Array, jax.Array]:
-        c, _, cycles = carry
-        c = lax.while_loop(working, step, c)
-        gradient = matrix @ c.x - linear
-        c, solved = begin(c.x, gradient, c.length, c.stuck, c.steps + 1)
-        return c, solved, cycles + 1
+    def advance(c: Carry, patience: int | jax.Array) -> Carry:
+        """Takes steps until no more problems than ``patience`` move, and verifies the others."""
+        c = lax.while_loop(lambda c: jnp.sum(moving(c)) > patience, step, c)
+        gradient = matrix @ c.x - c.linear
+        anew = begin(c._replace(gradient=gradient, steps=c.steps + 1, cycles=c.cycles + 1))
+        return jax.tree.map(partial(jnp.where, moving(c)), c, anew)
 
-    def unsettled(carry: tuple[Carry, jax.Array, jax.Array]) -> jax.Array:
-        c, solved, cycles = carry
-        return jnp.any(~(solved | c.stuck)) & (c.steps < steps) & (cycles < 4)
+    def unfinished(c: Carry) -> jax.Array:
+        return ~(c.solved | c.stuck) & (c.steps < steps) & (c.cycles < 4)
 
-    x = jnp.zeros((m, k), dtype) if start is None else start
+    def in_one(c: Carry) -> Carry:
+        return lax.while_loop(lambda c: jnp.any(unfinished(c)), lambda c: advance(c, 0), c)
+
+    def in_blocks(c: Carry) -> Carry:
+        """Takes some columns at a time, whose arrays fit the caches.
+
+        Problems differ in how many steps they take. A block stops when half of its problems rest,
+        and in the next round those that do not share fewer blocks.
+        """
+
+        class Round(NamedTuple):
+            columns: Carry
+            place: jax.Array  # (k,) of a column in the order of the problems
+            left: jax.Array  # () how many come first that are not finished
+
+        def sort(columns: Carry, place: jax.Array) -> Round:
+            left = unfinished(columns)[0]
+            order = jnp.argsort(~left)
+            columns = jax.tree.map(lambda x: x[:, order], columns)
+            return Round(columns, place[order], jnp.sum(left))
+
+        def one_round(r: Round) -> Round:
+            patience = jnp.where(r.left > _BLOCK, _BLOCK // 2, 0)
+
+            def block(i: jax.Array, columns: Carry) -> Carry:
+                some = jax.tree.map(
+                    lambda x: lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1), columns
+                )
+                some = advance(some, patience)
+                return jax.tree.map(
+                    lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i * _BLOCK, 1),
+                    columns,
+                    some,
+                )
+
+            blocks = (r.left + _BLOCK - 1) // _BLOCK
+            return sort(lax.fori_loop(0, blocks, block, r.columns), r.place)
+
+        size = c.linear.shape[1]
+        last = lax.while_loop(lambda r: r.left > 0, one_round, sort(c, jnp.arange(size)))
+        return jax.tree.map(lambda x: x[:, jnp.argsort(last.place)], last.columns)
+
+    blocks = 1 if m <= _SMALL or k <= _BLOCK else -(-k // _BLOCK)
+    extra = ((0, 0), (0, (blocks * _BLOCK - k) if blocks > 1 else 0))  # solved from the start
+    linear, scale = jnp.pad(linear, extra), jnp.pad(scale, extra, constant_values=1)
+    x = jnp.zeros_like(linear) if start is None else jnp.pad(start, extra)
     gradient = -linear if start is None else matrix @ x - linear
-    zero, no = jnp.zeros((), jnp.int32), jnp.zeros((1, k), bool)
-    first, solved = begin(x, gradient, jnp.ones((1, k), dtype), no, zero)
-    c, solved, _ = lax.while_loop(unsettled, verify, (first, solved, zero))
-    return c.x, solved
+    zero, no = jnp.zeros(scale.shape, jnp.int32), jnp.zeros(scale.shape, bool)
+    one = jnp.ones_like(scale)
+    first = begin(Carry(linear, scale, x, gradient, x, one, one, no, no, no, zero, zero))
+    c = in_one(first) if blocks == 1 else in_blocks(first)
+    return c.x[:, :k], c.solved[:, :k]
 
 
 def active_set(
@@ -297,33 +346,6 @@ def active_set(
     return last.best, last.unbounded
 
 
-def _in_blocks(
-    solve: Callable[..., tuple[jax.Array, jax.Array]],
-    linear: jax.Array,
-    scale: jax.Array,
-    start: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Solves large problems some columns at a time.
-
-    A block stops when its own problems are solved, and its arrays fit the caches.
-    """
-    m, k = linear.shape
-    if m <= _SMALL or k <= _BLOCK:
-        return solve(linear, scale, start)
-    blocks = -(-k // _BLOCK)
-
-    def split(columns: jax.Array) -> jax.Array:
-        padded = jnp.pad(columns, ((0, 0), (0, blocks * _BLOCK - k)))
-        return padded.reshape(-1, blocks, _BLOCK).swapaxes(0, 1)
-
-    def join(found: jax.Array) -> jax.Array:
-        return found.swapaxes(0, 1).reshape(-1, blocks * _BLOCK)[:, :k]
-
-    args = (split(linear), split(scale), None if start is None else split(start))
-    x, solved = lax.map(lambda block: solve(*block), args)
-    return join(x), join(solved)
-
-
 @compiled("steps", "chunk_size")
 def nonneg_qp(
     matrix: jax.Array,
@@ -378,11 +400,12 @@ def nonneg_qp(
     scale = linalg.ldexp(scale, -exponent[:, 0])
     scaled = jnp.where(allowed, linalg.ldexp(linear, -exponent), 0)
     start = None if start is None else linalg.ldexp(start, -exponent)
-    found, solved = _in_blocks(
-        partial(conjugate_gradients, matrix, steps=2 * m + 50 if steps is None else steps),
+    found, solved = conjugate_gradients(
+        matrix,
         jnp.where(allowed, scaled, -1 / float(jnp.finfo(dtype).eps)).T,
         scale[None],
         None if start is None else start.T,
+        steps=2 * m + 50 if steps is None else steps,
     )
 
     # A loop of no rounds, unlike a branch, costs nothing under vmap when all are solved.
