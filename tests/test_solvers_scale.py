@@ -94,6 +94,28 @@ def test_right_hand_sides_beyond_a_block_are_solved_alike(x64):
     np.testing.assert_allclose(some, whole[:40], atol=1e-12)
 
 
+def test_blocks_return_problems_in_their_order(x64):
+    """Easy, hard, unbounded and fixed problems rest at different times; Gramians in a batch too."""
+    m, rng = 70, np.random.default_rng(3)
+    grams = np.stack([unit_gramian(m, "wide"), unit_gramian(m, "square")])
+    linear = rng.normal(size=(2, 100, m)) * 10.0 ** rng.integers(-6, 3, (2, 100, 1))
+    linear[:, ::7] = -np.abs(linear[:, ::7])  # solved by zero
+    linear[:, 5] = 0
+    allowed = rng.random((2, 100, m)) < np.linspace(0.05, 1, 100)[:, None]
+
+    def values(matrix, linear, allowed):
+        found = solvers.nonneg_qp(matrix, linear, allowed=allowed)
+        return found.value, found.residual
+
+    x, residual = jax.jit(jax.vmap(values))(grams, linear, allowed)
+    assert float(residual.max()) <= 1e-13
+    for g, b, free, got in zip(grams, linear, allowed, x, strict=True):
+        for first in (0, 30, 60, 70):  # 30 at a time are one block
+            part = slice(first, first + 30)
+            alone, _ = jax.jit(values)(g, b[part], free[part])
+            np.testing.assert_allclose(got[part] @ g, alone @ g, atol=1e-10 * np.abs(b).max())
+
+
 def test_default_chunk_bounds_the_memory(x64):
     m = 512
     shape = jax.ShapeDtypeStruct((m, m), jnp.float64)
