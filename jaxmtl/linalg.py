@@ -147,6 +147,19 @@ def _through_a_branch(tree: PyTree, any_number: jax.Array) -> PyTree:
     return lax.platform_dependent(tree, cpu=branch, default=lambda tree: tree)
 
 
+def after(known: jax.Array | None, arrays: PyTree) -> PyTree:
+    """Returns the arrays as they are, but not before another one is known.
+
+    Compilers drop an optimization barrier before they order what is computed, so that all
+    cotangents would wait in memory for products that need one after the other.
+    """
+    if known is None:
+        return arrays
+    first = known.reshape(-1)[0]
+    never = jnp.isnan(first) & (first == first)
+    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), arrays)
+
+
 def num_rows(jacobian: PyTree) -> int:
     """Returns m, the length that the leading axis of every leaf must share.
 
@@ -375,8 +388,12 @@ def balanced_gramian(jacobian: PyTree) -> tuple[jax.Array, jax.Array]:
     m = num_rows(jacobian)
     dtype = accumulation_dtype(jacobian)
     nonzero, exponent = row_exponents(jacobian, m, dtype)
-    product = gramian(scale_rows(jacobian, -exponent, dtype))
-    return in_one_scale(product, nonzero, exponent)
+    product, last = jnp.zeros((m, m), dtype), None
+    for x in jax.tree.leaves(jacobian):  # one scaled copy at a time
+        scaled = scale_rows(after(last, x), -exponent, dtype)
+        last = row_products(scaled, scaled, dtype)
+        product = product + last
+    return in_one_scale((product + product.T) / 2, nonzero, exponent)
 
 
 def in_one_scale(

@@ -158,8 +158,8 @@ def test_value_and_jacobian_refuses_wrong_input():
         jaxmtl.value_and_jacobian(one, in_axes=(None, 2, 0))(params, xs, ys)
 
 
-def test_a_step_by_the_jacobian_holds_three_copies_of_the_rows():
-    """As they come, as they are kept, and scaled; XLA alone keeps another, transposed."""
+def test_a_step_by_the_jacobian_holds_one_scaled_copy_of_rows_at_a_time():
+    """Beside them, as they come and as they are read; all leaves scaled would be another copy."""
     n, m, rule = 128, 6, jaxmtl.upgrad()
 
     def losses_fn(params, x):
@@ -172,7 +172,7 @@ def test_a_step_by_the_jacobian_holds_three_copies_of_the_rows():
     params = {"a": jnp.ones((n, n)), "b": jnp.ones((n, n)), "h": jnp.ones((n, m))}
     lowered = jax.jit(step).lower(params, rule.init(params), jnp.ones((16, n)))
     rows = m * sum(x.nbytes for x in params.values())
-    assert lowered.compile().memory_analysis().temp_size_in_bytes <= 3.2 * rows
+    assert lowered.compile().memory_analysis().temp_size_in_bytes <= 2.7 * rows
 
 
 def test_apply_updates_refuses_to_broadcast():

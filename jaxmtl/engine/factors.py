@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl.linalg import replicated, whole
+from jaxmtl.linalg import after, replicated, whole
 
 AxisNames = tuple[int | None, ...]
 
@@ -210,19 +210,6 @@ def by_blocks(
         ]
         found.append(blocks)
     return jnp.concatenate([jnp.concatenate(blocks) for blocks in found], axis=1)
-
-
-def after(known: jax.Array | None, arrays: Any) -> Any:
-    """Returns the arrays as they are, but not before another one is known.
-
-    Compilers drop an optimization barrier before they order what is computed, so that all
-    cotangents would wait in memory for products that need one after the other.
-    """
-    if known is None:
-        return arrays
-    first = known.reshape(-1)[0]
-    never = jnp.isnan(first) & (first == first)
-    return jax.tree.map(lambda x: jnp.where(never, jnp.zeros_like(x), x), arrays)
 
 
 def num_blocks(m: int) -> int:

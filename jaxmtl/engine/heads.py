@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import linalg
-from jaxmtl.engine import execute, factors
+from jaxmtl.engine import execute
 from jaxmtl.engine.program import DATA, PARAM, Program, Scan, Use, Value, is_float, operations
 
 Residuals = dict[Use, tuple[jax.Array, ...]]
@@ -244,7 +244,7 @@ class Forward:
         done = consume(dict(zip(last.uses, taps, strict=True)))
         for stage, pull in zip(others[::-1], self.pulls[-2::-1], strict=True):
             cotangents = dict(
-                zip(cotangents, factors.after(done, list(cotangents.values())), strict=True)
+                zip(cotangents, linalg.after(done, list(cotangents.values())), strict=True)
             )
             if not stage.outs:  # No loss depends on it differentiably, so that it has no uses.
                 continue
@@ -252,7 +252,7 @@ class Forward:
             taps, _, _, ins = jax.vmap(pull)(outs)
             done = consume(dict(zip(stage.uses, taps, strict=True)))
             if stage.is_layer:  # Nothing is computed twice, and the taps need not wait for these.
-                _, _, _, ins = jax.vmap(pull)(factors.after(done, outs))
+                _, _, _, ins = jax.vmap(pull)(linalg.after(done, outs))
             _add(cotangents, stage.ins, ins)
 
 
