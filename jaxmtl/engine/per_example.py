@@ -474,10 +474,13 @@ class PerExample:
                 total = a.sum_over_steps(b, i, products, total)
                 continue
             for leaf, rows in self._rows()[i].items():
-                if leaf == _OF_VALUE or a.plan.in_gramian[leaf]:
-                    theirs = other._rows()[i][leaf]
-                    some = products(*linalg.after(last, (rows, theirs)))
-                    last, total = some, total + some
+                if leaf != _OF_VALUE and not a.plan.in_gramian[leaf]:
+                    continue
+                theirs = other._rows()[i][leaf]
+                if rows.ndim > 2:  # Vectors may be cotangents, whose products layers share.
+                    rows, theirs = linalg.after(last, (rows, theirs))
+                last = products(rows, theirs)
+                total = total + last
         for x, y, counts in zip(a.own, b.own, self._own_in_gramian, strict=True):
             if counts:
                 x, y = (z.reshape(-1, *z.shape[2:]) for z in (x, y))
