@@ -1,4 +1,4 @@
-"""Outside ``jit`` a rule compiles its solver once, and not at each step."""
+"""A rule compiles its solver once outside ``jit``; inside it a program grows as its leaves do."""
 
 import inspect
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxmtl
 from jaxmtl import solvers
 from jaxmtl.compiled import compiled
 from tests.methods import BY_NAME, METHODS, sweep
@@ -58,3 +59,30 @@ def test_static_arguments_are_those_that_are_named():
 
     assert raised(jnp.float32(2), power=3) == 8
     assert raised(jnp.float32(2), 3) == 8
+
+
+def instructions(function, *args):
+    """The number of instructions of a compiled program."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    return sum(" = " in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("route", ["jacobian", "no jacobian"])
+def test_programs_grow_with_the_leaves_and_not_with_their_square(route):
+    """What is compared with all leaves is computed once, not in the program of each leaf."""
+    rule = jaxmtl.upgrad()
+
+    def losses_fn(params):
+        return jnp.stack([sum(jnp.sum(jnp.sin(k * p)) for p in params) for k in (1.0, 2.0)])
+
+    def step(params, state):
+        if route == "jacobian":
+            _, jacobian = jaxmtl.value_and_jacobian(losses_fn)(params)
+            return rule.update(jacobian, state, params)
+        return jaxmtl.value_and_grad(losses_fn, rule)(params, state)
+
+    few, many = (
+        instructions(step, [jnp.ones(n) for n in range(5, 5 + leaves)], rule.init(None))
+        for leaves in (20, 60)
+    )
+    assert many < 3 * few
