@@ -27,6 +27,7 @@ STUDIES = (
     "multimnist",
     "iwrm",
     "tabular",
+    "scenes",
     "domains",
     "faces",
     "molecules",

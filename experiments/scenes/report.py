@@ -291,13 +291,14 @@ def claims_of(setup: Setup) -> Iterator[Claim]:
         if setup.single is None or not sum(orders):
             continue
         decided = orders.same + orders.opposite
-        yield claim(
-            f"{where}: methods stand in the printed order of delta_m",
-            table.source,
-            f"of {sum(orders)} pairs {orders.same} in this order, {orders.opposite} in the "
-            f"opposite, {orders.undecided} undecided (within the error, or one seed)",
-            [orders.same > 0, orders.same > orders.opposite, orders.undecided < decided],
-        )
+        if decided:  # an order of which no pair is decided says nothing
+            yield claim(
+                f"{where}: methods stand in the printed order of delta_m",
+                table.source,
+                f"of {sum(orders)} pairs {orders.same} in this order, {orders.opposite} in the "
+                f"opposite, {orders.undecided} undecided (within the error, or one seed)",
+                [orders.same > 0, orders.same > orders.opposite, orders.undecided < decided],
+            )
         for method in ("aligned_mtl", "famo", "ldc_mtl_router"):
             if method in theirs and {method, BASELINE} <= setup.values.keys():
                 gap = gains(setup, method, BASELINE)
