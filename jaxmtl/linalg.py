@@ -352,7 +352,7 @@ def _largest(maxima: list[jax.Array], shape: tuple[int, ...], dtype: jnp.dtype) 
     """Returns the largest of what was found in each leaf.
 
     XLA repeats a chain of maxima in the program of each leaf that is compared with the result: of
-    150 leaves these were three quarters of all code. What goes through a branch it computes once.
+    150 leaves these were two thirds of all code. What goes through a branch it computes once.
     """
     if not maxima:
         return jnp.zeros(shape, dtype)

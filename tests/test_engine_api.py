@@ -274,9 +274,6 @@ def test_non_finite_steps_are_skipped():
     assert all(np.any(g) for g in jax.tree.leaves(grads))
 
 
-# --- transformations --------------------------------------------------------------------------
-
-
 def huge(dtype):
     """A step of a rule whose weights are 1e4: of gradients of 1 it is 2e4, of 10 it is 2e5."""
     rule = base.from_weighting(lambda gramian: jnp.full(len(gramian), 1e4))
@@ -342,6 +339,9 @@ def test_tables_of_many_tasks_are_symmetric_to_the_last_bit(make):
     broken = make(jnp.ones((n, n)).at[0, 0].set(jnp.nan).at[5, 3].set(jnp.inf))
     assert np.isnan(broken[0, 0])
     assert np.isinf(broken[[5, 3], [3, 5]]).all()
+
+
+# --- transformations --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("route", ["tasks", "examples"])

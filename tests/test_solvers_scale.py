@@ -95,7 +95,7 @@ def test_right_hand_sides_beyond_a_block_are_solved_alike(x64):
 
 
 def test_blocks_return_problems_in_their_order(x64):
-    """Easy, hard, unbounded and fixed problems rest at different times; Gramians in a batch too."""
+    """Easy, hard and mostly fixed problems rest at different times; Gramians in a batch too."""
     m, rng = 70, np.random.default_rng(3)
     grams = np.stack([unit_gramian(m, "wide"), unit_gramian(m, "square")])
     linear = rng.normal(size=(2, 100, m)) * 10.0 ** rng.integers(-6, 3, (2, 100, 1))
