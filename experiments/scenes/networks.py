@@ -274,15 +274,26 @@ class _OwnFeatures(nn.Module):
     width: int = 64
     levels: int = 5
 
+    def own_features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+        """Maps (b, h, w, 3) to a feature (b, h, w, width) per task."""
+        raise NotImplementedError
+
+    def features(self, images: jax.Array, train: bool) -> jax.Array:
+        """Maps (b, h, w, 3) to (b, h, w, tasks * width)."""
+        return jnp.concatenate(self.own_features(images, train), axis=-1)
+
     def predict(self, z: jax.Array, train: bool) -> Predictions:
         """Maps the last features to predictions."""
         del train
-        own = jnp.split(z, len(self.outputs), axis=-1)
-        return {head.output.task: head(x) for head, x in zip(self.heads, own, strict=True)}
+        return self._read(jnp.split(z, len(self.outputs), axis=-1))
 
     def __call__(self, images: jax.Array, train: bool) -> Predictions:
         """Maps images to predictions."""
-        return self.predict(self.features(images, train), train)
+        # Without z: through it, zeros would go back into the features of all other tasks.
+        return self._read(self.own_features(images, train))
+
+    def _read(self, own: list[jax.Array]) -> Predictions:
+        return {head.output.task: head(x) for head, x in zip(self.heads, own, strict=True)}
 
 
 class MTAN(_OwnFeatures):
@@ -314,11 +325,10 @@ class MTAN(_OwnFeatures):
             x = self.decoder_mask[task][i](seen, train) * up[i].last
         return jnp.asarray(x)
 
-    def features(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps (b, h, w, 3) to (b, h, w, tasks * width)."""
+    def own_features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+        """Maps (b, h, w, 3) to a feature (b, h, w, width) per task."""
         down, up = self.body(images, train)
-        towers = [self.tower(task, down, up, train) for task in range(len(self.outputs))]
-        return jnp.concatenate(towers, axis=-1)
+        return [self.tower(task, down, up, train) for task in range(len(self.outputs))]
 
 
 class CrossStitch(_OwnFeatures):
@@ -346,8 +356,8 @@ class CrossStitch(_OwnFeatures):
         np.fill_diagonal(mixture, self.keep if m > 1 else 1)
         return jnp.broadcast_to(jnp.asarray(mixture), (units, m, m))
 
-    def features(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps (b, h, w, 3) to (b, h, w, tasks * width)."""
+    def own_features(self, images: jax.Array, train: bool) -> list[jax.Array]:
+        """Maps (b, h, w, 3) to a feature (b, h, w, width) per task."""
         m = len(self.outputs)
 
         def mixed(mixture: jax.Array, xs: list[jax.Array]) -> list[jax.Array]:
@@ -365,7 +375,7 @@ class CrossStitch(_OwnFeatures):
             ]
             if i > 0:
                 xs = mixed(self.stitch_up[i - 1], xs)
-        return jnp.concatenate(xs, axis=-1)
+        return xs
 
 
 # --- PSPNet -------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Model:
         made, new = self._apply(params, stats, batch["image"], method="__call__")
         return self.stacked(made, batch), new
 
-    def loss(self, task: int) -> Callable[..., tuple[jax.Array, Stats]]:
+    def loss(self, task: str) -> Callable[..., tuple[jax.Array, Stats]]:
         """Returns the loss of one task as a function of its own.
 
         The passes forward are one in the compiled program, and backwards only what the task reads
@@ -121,8 +121,10 @@ class Model:
         """
 
         def of_task(params: Params, inputs: tuple[Stats, Batch]) -> tuple[jax.Array, Stats]:
-            losses, new = self.losses(params, *inputs)
-            return losses[task], new
+            stats, batch = inputs
+            made, new = self._apply(params, stats, batch["image"], method="__call__")
+            # Not an entry of ``losses``: its gradient would be one of zeros for the others.
+            return LOSSES[task](made[task], batch[task]), new
 
         return of_task
 
@@ -142,10 +144,9 @@ class Model:
 
     def rows(self, params: Params, stats: Stats, batch: Batch) -> tuple[Any, Any]:
         """Returns the losses (m,) with the new statistics, and the Jacobian."""
-        m = len(self.tasks)
-        functions = tuple(self.loss(i) for i in range(m))
+        functions = tuple(self.loss(task) for task in self.tasks)
         of_rows = jaxmtl.value_and_jacobian(functions, has_aux=True)
-        (losses, stats_of), jacobian = of_rows(params, ((stats, batch),) * m)
+        (losses, stats_of), jacobian = of_rows(params, ((stats, batch),) * len(self.tasks))
         return (jnp.asarray(losses), stats_of[0]), jacobian
 
 

@@ -21,8 +21,10 @@ from jaxmtl.compiled import compiled
 # save no time, and even unused they would make the working memory of a step so large that
 # allocators return it to the system after every call, to be cleared at the next.
 _CHUNK_BYTES = 2**22
-# Matrices larger than _SMALL meet _BLOCK right-hand sides at a time.
+# Matrices larger than _SMALL meet some right-hand sides at a time: _BLOCK, whose arrays fit the
+# caches, or _WIDE from _LARGE on, where a product is large enough for XLA to share it among cores.
 _SMALL, _BLOCK = 64, 32
+_LARGE, _WIDE = 256, 128
 
 
 class Solution(NamedTuple):
@@ -171,7 +173,7 @@ def conjugate_gradients(
         return lax.while_loop(lambda c: jnp.any(unfinished(c)), lambda c: advance(c, 0), c)
 
     def in_blocks(c: Carry) -> Carry:
-        """Takes some columns at a time, whose arrays fit the caches.
+        """Takes ``width`` columns at a time.
 
         Problems differ in how many steps they take. A block stops when half of its problems rest,
         and in the next round those that do not share fewer blocks.
@@ -189,28 +191,29 @@ def conjugate_gradients(
             return Round(columns, place[order], jnp.sum(left))
 
         def one_round(r: Round) -> Round:
-            patience = jnp.where(r.left > _BLOCK, _BLOCK // 2, 0)
+            patience = jnp.where(r.left > width, width // 2, 0)
 
             def block(i: jax.Array, columns: Carry) -> Carry:
                 some = jax.tree.map(
-                    lambda x: lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1), columns
+                    lambda x: lax.dynamic_slice_in_dim(x, i * width, width, 1), columns
                 )
                 some = advance(some, patience)
                 return jax.tree.map(
-                    lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i * _BLOCK, 1),
+                    lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i * width, 1),
                     columns,
                     some,
                 )
 
-            blocks = (r.left + _BLOCK - 1) // _BLOCK
+            blocks = (r.left + width - 1) // width
             return sort(lax.fori_loop(0, blocks, block, r.columns), r.place)
 
         size = c.linear.shape[1]
         last = lax.while_loop(lambda r: r.left > 0, one_round, sort(c, jnp.arange(size)))
         return jax.tree.map(lambda x: x[:, jnp.argsort(last.place)], last.columns)
 
-    blocks = 1 if m <= _SMALL or k <= _BLOCK else -(-k // _BLOCK)
-    extra = ((0, 0), (0, (blocks * _BLOCK - k) if blocks > 1 else 0))  # solved from the start
+    width = _WIDE if m >= _LARGE else _BLOCK
+    blocks = 1 if m <= _SMALL or k <= width else -(-k // width)
+    extra = ((0, 0), (0, (blocks * width - k) if blocks > 1 else 0))  # solved from the start
     linear, scale = jnp.pad(linear, extra), jnp.pad(scale, extra, constant_values=1)
     x = jnp.zeros_like(linear) if start is None else jnp.pad(start, extra)
     gradient = -linear if start is None else matrix @ x - linear
