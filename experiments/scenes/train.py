@@ -113,21 +113,6 @@ class Model:
         made, new = self._apply(params, stats, batch["image"], method="__call__")
         return self.stacked(made, batch), new
 
-    def loss(self, task: str) -> Callable[..., tuple[jax.Array, Stats]]:
-        """Returns the loss of one task as a function of its own.
-
-        The passes forward are one in the compiled program, and backwards only what the task reads
-        is passed: less work than a cotangent of zeros for each of the other towers.
-        """
-
-        def of_task(params: Params, inputs: tuple[Stats, Batch]) -> tuple[jax.Array, Stats]:
-            stats, batch = inputs
-            made, new = self._apply(params, stats, batch["image"], method="__call__")
-            # Not an entry of ``losses``: its gradient would be one of zeros for the others.
-            return LOSSES[task](made[task], batch[task]), new
-
-        return of_task
-
     def encode(self, params: Params, stats: Stats, batch: Batch) -> jax.Array:
         """Returns z."""
         z: jax.Array = self._apply(params, stats, batch["image"], method="features")[0]
@@ -143,11 +128,25 @@ class Model:
         return self.stacked(made, batch), new
 
     def rows(self, params: Params, stats: Stats, batch: Batch) -> tuple[Any, Any]:
-        """Returns the losses (m,) with the new statistics, and the Jacobian."""
-        functions = tuple(self.loss(task) for task in self.tasks)
-        of_rows = jaxmtl.value_and_jacobian(functions, has_aux=True)
-        (losses, stats_of), jacobian = of_rows(params, ((stats, batch),) * len(self.tasks))
-        return (jnp.asarray(losses), stats_of[0]), jacobian
+        """Returns the losses (m,) with the new statistics, and the Jacobian.
+
+        One pass forward, and for each loss one backwards through what this loss reads: a cotangent
+        of zeros for the others would go through their towers as well.
+        """
+
+        def apart(params: Params) -> tuple[list[jax.Array], Stats]:
+            made, new = self._apply(params, stats, batch["image"], method="__call__")
+            return [LOSSES[task](made[task], batch[task]) for task in self.tasks], new
+
+        losses, tangents, new = jax.linearize(apart, params, has_aux=True)
+
+        def gradient(task: int) -> Params:
+            pull = jax.linear_transpose(lambda along: tangents(along)[task], params)
+            return pull(jnp.ones_like(losses[task]))[0]
+
+        gradients = map(gradient, range(len(self.tasks)))
+        jacobian = jax.tree.map(lambda *rows: jnp.stack(rows), *gradients)
+        return (jnp.stack(losses), new), jacobian
 
 
 def make_direction(model: Model, entry: Entry, aggregator: Any) -> tuple[Callable[..., Any], Any]:
