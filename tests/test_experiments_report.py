@@ -1,5 +1,7 @@
 """The page of all results is what the committed result files say."""
 
+import json
+import math
 import re
 
 import pytest
@@ -38,6 +40,20 @@ def test_notes_end_with_the_tables_and_say_no_number_that_is_not_in_them(name):
     assert len(numbers) > 2
     for number in numbers:
         assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", printed), number
+
+
+def test_records_are_json_as_the_standard_has_it():
+    """Python writes Infinity and NaN as well, which other readers refuse."""
+    for path in sorted(report.RESULTS.rglob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            json.loads(line, parse_constant=lambda name, path=path: pytest.fail(f"{path}: {name}"))
+
+
+def test_a_ratio_that_is_no_number_is_infinite_in_the_tables():
+    from experiments.scenes.report import over_training
+
+    history = [{"balanced": {"norm_ratio": 2.0}}, {"balanced": {"norm_ratio": None}}, {}]
+    assert over_training({"history": history}, "balanced", "norm_ratio") == [2.0, math.inf]
 
 
 def test_no_results_no_claims(tmp_path):

@@ -411,7 +411,7 @@ def test_rows_are_the_gradients_of_the_losses(mtan):
         return model.losses(params, stats, batch), jax.jacrev(losses_of)(params)
 
     compiled = jax.jit(dense).lower(params, stats, batch).compile()
-    assert FLOPS["rows"] < 0.85 * compiled.cost_analysis()["flops"]  # one pass forward, own towers
+    assert FLOPS["rows"] < 0.55 * compiled.cost_analysis()["flops"]  # one pass forward, own towers
     (expected, expected_stats), jac = compiled(params, stats, batch)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), jacobian, jac)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 import jaxmtl
 from experiments.claims import Claim, above_error, claim, mean_and_error, not_runnable, show
@@ -159,7 +159,8 @@ def task_table(setup: Setup, task: str) -> Table:
 
 def over_training(record: Record, kind: str, name: str) -> list[float]:
     """Returns a quantity of the raw or the balanced gradients, epoch by epoch."""
-    return [log[kind][name] for log in record["history"] if kind in log]
+    values = [log[kind][name] for log in record["history"] if kind in log]
+    return [np.inf if value is None else value for value in values]
 
 
 def gradient_table(setup: Setup) -> Table:
@@ -236,8 +237,9 @@ def draw_gradients(setup: Setup, path: Path) -> None:
             axis.grid(alpha=0.3)
             if name in ("condition", "norm_ratio"):
                 axis.set_yscale("log")
-                for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                    formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.yaxis.set_minor_locator(NullLocator())
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -456,6 +456,10 @@ def make_gradients(
             jax.device_get(quantities(probe(state.params, state.stats, raw)[1], state.rule))
             for raw in raws
         ]
-        return jax.tree.map(lambda *xs: round(float(np.mean(xs)), 5), *found)
+        return jax.tree.map(lambda *xs: written(np.mean(xs)), *found)
+
+    def written(value: np.floating) -> float | None:
+        """Returns a number for JSON, which has no infinity: the ratio of norms where one is 0."""
+        return round(float(value), 5) if np.isfinite(value) else None
 
     return gradients
