@@ -104,9 +104,13 @@ class Model:
         made, new = self.network.apply(variables, *args, True, method=method, mutable="batch_stats")
         return made, new["batch_stats"]
 
+    def each(self, predictions: Predictions, batch: Batch) -> list[jax.Array]:
+        """Returns the loss of every task."""
+        return [LOSSES[task](predictions[task], batch[task]) for task in self.tasks]
+
     def stacked(self, predictions: Predictions, batch: Batch) -> jax.Array:
         """Returns the losses (m,) of predictions."""
-        return jnp.stack([LOSSES[task](predictions[task], batch[task]) for task in self.tasks])
+        return jnp.stack(self.each(predictions, batch))
 
     def losses(self, params: Params, stats: Stats, batch: Batch) -> tuple[jax.Array, Stats]:
         """Returns the losses (m,) and the new statistics."""
@@ -136,7 +140,7 @@ class Model:
 
         def apart(params: Params) -> tuple[list[jax.Array], Stats]:
             made, new = self._apply(params, stats, batch["image"], method="__call__")
-            return [LOSSES[task](made[task], batch[task]) for task in self.tasks], new
+            return self.each(made, batch), new
 
         losses, tangents, new = jax.linearize(apart, params, has_aux=True)
 
@@ -451,15 +455,15 @@ def make_gradients(
         found = {"raw": figures_of(gramian)}
         return found if rows is None else found | {"balanced": figures_of(rows)}
 
+    def written(value: np.floating) -> float | None:
+        """Returns a number for JSON, which has no infinity: the ratio of norms where one is 0."""
+        return round(float(value), 5) if np.isfinite(value) else None
+
     def gradients(state: State, raws: Sequence[Batch]) -> Record:
         found = [
             jax.device_get(quantities(probe(state.params, state.stats, raw)[1], state.rule))
             for raw in raws
         ]
         return jax.tree.map(lambda *xs: written(np.mean(xs)), *found)
-
-    def written(value: np.floating) -> float | None:
-        """Returns a number for JSON, which has no infinity: the ratio of norms where one is 0."""
-        return round(float(value), 5) if np.isfinite(value) else None
 
     return gradients
