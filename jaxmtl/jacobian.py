@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl import arguments, keywords, linalg, separate, towers
 from jaxmtl.separate import Losses
 from jaxmtl.types import PyTree
 
@@ -118,9 +118,51 @@ def _of_tasks(
     args: tuple[Any, ...],
     chunk_size: int | None,
 ) -> tuple[jax.Array, Any, Sequence[jax.Array]]:
+    if chunk_size is None and any(map(_is_traced, leaves)):
+        found = _by_towers(lambda leaves: losses_of(leaves, args), leaves)
+        if found is not None:
+            return found
     losses, pull, aux = jax.vjp(lambda leaves: losses_of(leaves, args), leaves, has_aux=True)
     arguments.check_task_losses(losses.shape)
     return losses, aux, _rows(pull, losses, chunk_size)
+
+
+def _is_traced(x: Any) -> bool:
+    """Tells whether an array is known only when the program runs."""
+    try:
+        x.devices()
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False
+
+
+def _by_towers(
+    losses_of: Callable[..., Any], leaves: Sequence[jax.Array]
+) -> tuple[jax.Array, Any, Sequence[jax.Array]] | None:
+    """Returns the losses, aux and the rows, or None where no task has layers of its own."""
+    structure: list[Any] = []
+
+    def flat(*leaves: jax.Array) -> list[jax.Array]:
+        losses, aux = losses_of(leaves)
+        arguments.check_task_losses(losses.shape)
+        others, treedef = jax.tree.flatten(aux)
+        is_array = [isinstance(x, jax.Array) for x in others]
+        kept = [None if flag else x for x, flag in zip(others, is_array, strict=True)]
+        structure.append((treedef, kept, is_array))
+        return [losses, *(x for x, flag in zip(others, is_array, strict=True) if flag)]
+
+    try:
+        closed = jax.make_jaxpr(flat)(*leaves)
+    except jax.errors.ConcretizationTypeError:
+        return None  # Python decides by values, which only the derivative below knows.
+    found = towers.towers_of(closed, leaves)
+    if found is None:
+        return None
+    (losses, *arrays), rows = found.rows(leaves)
+    treedef, others, is_array = structure[0]
+    left = iter(arrays)
+    others = [next(left) if flag else x for x, flag in zip(others, is_array, strict=True)]
+    return losses, jax.tree.unflatten(treedef, others), rows
 
 
 def _of_examples(

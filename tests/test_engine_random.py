@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from jaxmtl import value_and_jacobian
 from jaxmtl.engine import value_and_gramian
 from tests.problems import flat_rows
 
@@ -166,15 +167,17 @@ def check(steps, seed, in_axes=(None, 0, 0)):
         else:
             jacobian = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, index)
         rows = flat_rows(jacobian)
+        gap = flat_rows(value_and_jacobian(fun, in_axes=in_axes)(params, x, index)[1]) - rows
         grads = flat_rows(pullback(weights), 0)
-        return gramian, rows @ rows.T, grads, weights @ rows
+        return gramian, rows @ rows.T, grads, weights @ rows, gap
 
     with jax.enable_x64(True):
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         compiled = jax.jit(both).lower(params, x, index).compile(options)
-        gramian, expected, grads, expected_grads = compiled(params, x, index)
+        gramian, expected, grads, expected_grads, gap = compiled(params, x, index)
     scale = np.max(np.abs(expected)) + 1e-30
     assert np.max(np.abs(gramian - expected)) <= 1e-12 * scale
+    assert np.max(np.abs(gap)) <= 1e-12 * np.sqrt(scale)
     assert np.max(np.abs(grads - expected_grads)) <= 4e-12 * np.sqrt(scale)
 
 

@@ -98,19 +98,17 @@ class Model:
     def __init__(self, network: nn.Module, tasks: tuple[str, ...]):
         """Binds a network."""
         self.network, self.tasks = network, tasks
+        # ((losses (m,), new statistics), Jacobian) of parameters, statistics and a batch
+        self.rows = jaxmtl.value_and_jacobian(self.losses, has_aux=True)
 
     def _apply(self, params: Params, stats: Stats, *args: Any, method: str) -> tuple[Any, Stats]:
         variables = {"params": params, "batch_stats": stats}
         made, new = self.network.apply(variables, *args, True, method=method, mutable="batch_stats")
         return made, new["batch_stats"]
 
-    def each(self, predictions: Predictions, batch: Batch) -> list[jax.Array]:
-        """Returns the loss of every task."""
-        return [LOSSES[task](predictions[task], batch[task]) for task in self.tasks]
-
     def stacked(self, predictions: Predictions, batch: Batch) -> jax.Array:
         """Returns the losses (m,) of predictions."""
-        return jnp.stack(self.each(predictions, batch))
+        return jnp.stack([LOSSES[task](predictions[task], batch[task]) for task in self.tasks])
 
     def losses(self, params: Params, stats: Stats, batch: Batch) -> tuple[jax.Array, Stats]:
         """Returns the losses (m,) and the new statistics."""
@@ -130,27 +128,6 @@ class Model:
         _, new = self._apply(params, stats, batch["image"], method="features")
         made, new = self._apply(params, jax.lax.stop_gradient(new), z, method="predict")
         return self.stacked(made, batch), new
-
-    def rows(self, params: Params, stats: Stats, batch: Batch) -> tuple[Any, Any]:
-        """Returns the losses (m,) with the new statistics, and the Jacobian.
-
-        One pass forward, and for each loss one backwards through what this loss reads: a cotangent
-        of zeros for the others would go through their towers as well.
-        """
-
-        def apart(params: Params) -> tuple[list[jax.Array], Stats]:
-            made, new = self._apply(params, stats, batch["image"], method="__call__")
-            return self.each(made, batch), new
-
-        losses, tangents, new = jax.linearize(apart, params, has_aux=True)
-
-        def gradient(task: int) -> Params:
-            pull = jax.linear_transpose(lambda along: tangents(along)[task], params)
-            return pull(jnp.ones_like(losses[task]))[0]
-
-        gradients = map(gradient, range(len(self.tasks)))
-        jacobian = jax.tree.map(lambda *rows: jnp.stack(rows), *gradients)
-        return (jnp.stack(losses), new), jacobian
 
 
 def make_direction(model: Model, entry: Entry, aggregator: Any) -> tuple[Callable[..., Any], Any]:

@@ -1,0 +1,241 @@
+"""The rows of losses that end in a tower for each task.
+
+A network of several tasks ends in layers that one task alone reads: a head, a decoder, a tower of
+attention. A row that is pulled back from all losses at once, with zeros for the other tasks, passes
+their towers too, m times m of them. Here every tower is passed once, by the cotangent of its own
+loss; what several tasks read is passed by all cotangents together.
+
+`towers_of` splits a traced function of the losses; `Towers.rows` evaluates and differentiates it.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from jaxmtl.engine.program import as_function, is_float, operations
+
+_INLINE = ("jit", "pjit")
+Values = dict[Any, jax.Array]  # by the variable of the traced function
+
+
+@dataclasses.dataclass(eq=False)
+class Piece:
+    """Some equations, in their order.
+
+    Attributes:
+      fun: ``ins -> outs``.
+      ins: The variables that they read and do not make.
+      outs: Those that they make and others read.
+    """
+
+    fun: Callable[..., Sequence[jax.Array]]
+    ins: list[Any]
+    outs: list[Any]
+
+    def run(self, values: Values) -> Values:
+        """Returns the outs."""
+        found = self.fun(*(values[v] for v in self.ins))
+        return dict(zip(self.outs, found, strict=True))
+
+    def add_to(self, values: Values) -> None:
+        """Adds the outs to the values that they are made of."""
+        values.update(self.run(values))
+
+
+@dataclasses.dataclass(eq=False)
+class Towers:
+    """A function ``leaves -> (losses, *others)``, cut by who depends on what.
+
+    Attributes:
+      closed: The whole.
+      trunk: What several tasks depend on.
+      heads: For each task, what it alone depends on.
+      rest: What no task depends on, the vector of the losses included.
+      losses: The variables of the m losses.
+    """
+
+    closed: Any
+    trunk: Piece
+    heads: list[Piece]
+    rest: Piece
+    losses: list[Any]
+
+    def rows(self, leaves: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Returns what the function returns, and the Jacobian, one array (m, *s) per leaf."""
+        jaxpr = self.closed.jaxpr
+        values = _values(self.closed, leaves)
+        known = set(jaxpr.invars)
+        pull_trunk, shared, bounds = _differentiate(self.trunk, values, known)
+        known.update(bounds)
+        of_heads: list[Values] = []
+        for head, loss in zip(self.heads, self.losses, strict=True):
+            pull, read, _ = _differentiate(head, values, known, [loss])
+            of_heads.append(dict(zip(read, pull([jnp.ones_like(values[loss])])[0], strict=True)))
+        self.rest.add_to(values)
+
+        def stacked(v: Any) -> jax.Array:
+            zero = jnp.zeros_like(values[v])
+            return jnp.stack([cotangents.get(v, zero) for cotangents in of_heads])
+
+        rows: Values = {}
+        if bounds:
+            pulled = jax.vmap(pull_trunk)([stacked(v) for v in bounds])[0]
+            rows.update(zip(shared, pulled, strict=True))
+        for v in jaxpr.invars:
+            if v not in rows:
+                rows[v] = stacked(v)
+            elif any(v in cotangents for cotangents in of_heads):
+                rows[v] = rows[v] + stacked(v)
+        return _outputs(jaxpr, values), [rows[v] for v in jaxpr.invars]
+
+
+def _differentiate(
+    piece: Piece, values: Values, known: set[Any], outs: Sequence[Any] | None = None
+) -> tuple[Callable[..., Any], list[Any], list[Any]]:
+    """Evaluates a piece and adds its outs to ``values``.
+
+    Args:
+      piece: The piece.
+      values: What it reads.
+      known: The variables that it may be differentiated in.
+      outs: Which of its outs to differentiate; all that can be if None.
+
+    Returns:
+      The backward pass, the variables that its results belong to, and those of its arguments.
+    """
+    read = [v for v in piece.ins if v in known]
+    wanted = [v for v in piece.outs if is_float(v.aval)] if outs is None else list(outs)
+    others = [v for v in piece.outs if v not in set(wanted)]
+
+    def run(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        made = piece.run({**values, **dict(zip(read, arrays, strict=True))})
+        return [made[v] for v in wanted], [made[v] for v in others]
+
+    found, pull, rest = jax.vjp(run, [values[v] for v in read], has_aux=True)
+    values.update(zip((*wanted, *others), (*found, *rest), strict=True))
+    return pull, read, wanted
+
+
+def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
+    """Splits a traced function of the losses; returns None where that would gain nothing.
+
+    The first output has to be a vector of scalars that are stacked at the end, as a dict of losses
+    is, and one task alone has to depend on some product.
+    """
+    while True:
+        jaxpr = closed.jaxpr
+        made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+        last = made.get(jaxpr.outvars[0])
+        if jaxpr.effects or last is None:
+            return None
+        losses = list(last.invars)
+        calls = [last]
+        if last.primitive.name not in _INLINE:
+            if not _are_stacked(last, losses, made):
+                return None
+            tasks = _tasks(jaxpr, losses)
+            calls = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in _INLINE]
+            calls = [eqn for eqn in calls if len({tasks[v] for v in eqn.outvars if tasks[v]}) > 1]
+        if not calls:
+            break
+        closed = _opened(closed, leaves, calls)
+    m = len(losses)
+    groups: dict[int, list[Any]] = {0: [], **{1 << i: [] for i in range(m)}}
+    trunk: list[Any] = []
+    for eqn in jaxpr.eqns:
+        found = 0
+        for v in eqn.outvars if eqn is not last else ():
+            found |= tasks[v]
+        groups.get(found, trunk).append(eqn)
+    rest, *heads = groups.values()
+    if not any(operations(eqn) for eqns in heads for eqn in eqns):
+        return None
+    first, *pieces, end = _pieces([trunk, *heads, rest], jaxpr)
+    return Towers(closed, first, pieces, end, losses)
+
+
+def _are_stacked(last: Any, losses: Sequence[Any], made: Container[Any]) -> bool:
+    """Tells whether an equation makes a vector of several computed scalars."""
+    if last.primitive.name not in ("stack", "concatenate"):
+        return False
+    if any(isinstance(v, jex.Literal) or v not in made for v in losses):
+        return False
+    m = last.outvars[0].aval.shape[0]
+    return m > 1 and len(losses) == len(set(losses)) == m
+
+
+def _tasks(jaxpr: Any, losses: Sequence[Any]) -> dict[Any, int]:
+    """Returns, for every variable, a bit for each task that depends on it."""
+    tasks: dict[Any, int] = collections.defaultdict(int)
+    tasks.update((v, 1 << i) for i, v in enumerate(losses))
+    for eqn in reversed(jaxpr.eqns):
+        found = 0
+        for v in eqn.outvars:  # that of the losses has none
+            found |= tasks[v]
+        for v in _reads(eqn):
+            tasks[v] |= found
+    return tasks
+
+
+def _reads(eqn: Any) -> Sequence[Any]:
+    return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+
+
+def _values(closed: Any, leaves: Sequence[jax.Array]) -> Values:
+    """Returns the constants and the inputs of a traced function."""
+    variables = (*closed.jaxpr.constvars, *closed.jaxpr.invars)
+    arrays = (*map(jnp.asarray, closed.consts), *leaves)
+    return dict(zip(variables, arrays, strict=True))
+
+
+def _opened(closed: Any, leaves: Sequence[jax.Array], calls: Sequence[Any]) -> Any:
+    """Returns a traced function with some compiled calls in it written out."""
+    jaxpr = closed.jaxpr
+    groups: list[list[Any]] = [[]]
+    for eqn in jaxpr.eqns:
+        if eqn in calls:
+            groups += [[eqn], []]
+        else:
+            groups[-1].append(eqn)
+    pieces = _pieces(groups, jaxpr)
+
+    def written_out(*leaves: jax.Array) -> list[jax.Array]:
+        values = _values(closed, leaves)
+        for piece, eqns in zip(pieces, groups, strict=True):
+            if eqns and eqns[0] in calls:
+                (call,) = eqns
+                given = [v.val if isinstance(v, jex.Literal) else values[v] for v in call.invars]
+                found = as_function(call.params["jaxpr"])(*given)
+                values.update(zip(call.outvars, found, strict=True))
+            else:
+                piece.add_to(values)
+        return _outputs(jaxpr, values)
+
+    return jax.make_jaxpr(written_out)(*leaves)
+
+
+def _outputs(jaxpr: Any, values: Values) -> list[jax.Array]:
+    return [jnp.asarray(v.val) if isinstance(v, jex.Literal) else values[v] for v in jaxpr.outvars]
+
+
+def _pieces(groups: Sequence[Sequence[Any]], jaxpr: Any) -> list[Piece]:
+    """Returns groups of equations as functions."""
+    wanted = [{v for eqn in group for v in _reads(eqn)} for group in groups]
+    outputs = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    found = []
+    for k, group in enumerate(groups):
+        made = dict.fromkeys(v for eqn in group for v in eqn.outvars)
+        ins = [v for v in dict.fromkeys(v for eqn in group for v in _reads(eqn)) if v not in made]
+        elsewhere = outputs.union(*wanted[:k], *wanted[k + 1 :])
+        outs = [v for v in made if v in elsewhere]
+        effects = frozenset().union(*(eqn.effects for eqn in group))
+        names = {"arg_names": ("",) * len(ins), "result_paths": ("",) * len(outs)}
+        about = jaxpr.debug_info._replace(**names)
+        piece = jex.Jaxpr([], ins, outs, list(group), effects, about)
+        found.append(Piece(as_function(jex.ClosedJaxpr(piece, [])), ins, outs))
+    return found
