@@ -20,6 +20,10 @@ def value_and_jacobian(
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Makes a function that computes the losses and the stacked per-task gradients.
 
+    Where losses are stacked at the end or named, layers on which one task alone depends (a head, a
+    tower, a pass on other inputs) are passed backwards once for all tasks, not once for each; this
+    needs ``jit`` and no ``chunk_size``.
+
     Args:
       losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)`` losses, or a dict of m scalars by
         name, whose tasks are in the sorted order of the names. With ``in_axes``:

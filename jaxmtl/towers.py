@@ -74,6 +74,9 @@ class Towers:
         known.update(bounds)
         of_heads: list[Values] = []
         for head, loss in zip(self.heads, self.losses, strict=True):
+            if loss not in head.outs:  # Another task depends on it, so that the trunk makes it.
+                of_heads.append({loss: jnp.ones_like(values[loss])})
+                continue
             pull, read, _ = _differentiate(head, values, known, [loss])
             of_heads.append(dict(zip(read, pull([jnp.ones_like(values[loss])])[0], strict=True)))
         self.rest.add_to(values)

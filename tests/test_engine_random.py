@@ -145,11 +145,17 @@ def make_network(steps):
     return network
 
 
-def check(steps, seed, in_axes=(None, 0, 0)):
-    """Of three examples with a loss each, or three tasks with two examples, one with a head."""
+def check(steps, seed, tasks="examples"):
+    """Compares rows, their Gramian and a weighted sum with `jax.jacrev`.
+
+    Of three examples with a loss each; of four tasks with two examples, one with a head and one
+    whose loss another is part of; or of three tasks with nothing in common but parameters.
+    """
     rng = np.random.default_rng(seed)
     network, params = make_network(steps), make_params(rng)
-    x, index, weights = rng.normal(size=(3, T, D)), rng.integers(0, 7, (3, T)), rng.normal(size=3)
+    x, index = rng.normal(size=(3, T, D)), rng.integers(0, 7, (3, T))
+    weights = rng.normal(size=4 if tasks == "heads" else 3)
+    in_axes = (None, 0, 0) if tasks == "examples" else None
 
     def loss(params, x, index):
         return jnp.sum(jnp.sin(network(params, x, index)))
@@ -157,13 +163,17 @@ def check(steps, seed, in_axes=(None, 0, 0)):
     def losses_of_tasks(params, x, index):
         h = jax.vmap(network, (None, 0, 0))(params, x[:2], index[:2])
         last = jnp.tanh(h @ params["matrix0"])
-        return jnp.stack([jnp.sum(jnp.sin(h)), jnp.sum(last**2), jnp.sum(jnp.cos(h[0]))])
+        first, second = jnp.sum(jnp.sin(h)), jnp.sum(last**2)
+        return jnp.stack([first, second, jnp.sum(jnp.cos(h[0])), jnp.sin(first) * second])
+
+    def losses_apart(params, x, index):
+        return jnp.stack([loss(params, *each) for each in zip(x, index, strict=True)])
 
     def both(params, x, index):
-        fun = losses_of_tasks if in_axes is None else loss
+        fun = {"examples": loss, "heads": losses_of_tasks, "apart": losses_apart}[tasks]
         _, gramian, pullback = value_and_gramian(fun, in_axes=in_axes)(params, x, index)
         if in_axes is None:
-            jacobian = jax.jacrev(losses_of_tasks)(params, x, index)
+            jacobian = jax.jacrev(fun)(params, x, index)
         else:
             jacobian = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, index)
         rows = flat_rows(jacobian)
@@ -200,12 +210,12 @@ def test_random_programs(steps, seed):
 @settings(max_examples=6, derandomize=True, **SETTINGS)
 @given(**PROGRAMS)
 def test_random_programs_of_tasks(steps, seed):
-    check(steps, seed, in_axes=None)
+    check(steps, seed, "heads")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("in_axes", [(None, 0, 0), None])
+@pytest.mark.parametrize("tasks", ["examples", "heads", "apart"])
 @settings(max_examples=300, **SETTINGS)
 @given(**PROGRAMS)
-def test_many_random_programs(in_axes, steps, seed):
-    check(steps, seed, in_axes)
+def test_many_random_programs(tasks, steps, seed):
+    check(steps, seed, tasks)

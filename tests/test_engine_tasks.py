@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 from experiments.operations import count
-from jaxmtl import upgrad
+from jaxmtl import upgrad, value_and_jacobian
 from jaxmtl.engine import cross_gramian, explain, value_and_grad, value_and_gramian
 from tests.problems import flat_rows, indices, normal, some
 
@@ -173,6 +173,32 @@ def heads_of_several_kinds():
     return losses, params, (normal(5, 6, 10), normal(6, 6)), "structured"
 
 
+def losses_of_losses():
+    """A loss is part of others, with a head, without, and alone in the trunk."""
+    params = {"w": [normal(i, 10, 10) for i in range(2)], "heads": [normal(3, 10), normal(4, 10)]}
+
+    def losses(p, x, y):
+        h = jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1])
+        first = jnp.mean((h @ p["heads"][0] - y) ** 2)
+        second = first + jnp.mean(jnp.sin(h @ p["heads"][1]))
+        return jnp.stack([first, second, jnp.log1p(first) * second, jnp.mean(h**2)])
+
+    return losses, params, (normal(5, 6, 10), normal(6, 6)), "structured"
+
+
+def passes_of_their_own():
+    """Every loss evaluates the network on other inputs, as for differential equations."""
+    params = {"w": [normal(i, 10, 10) for i in range(2)], "heads": normal(3, 10)}
+
+    def losses(p, x, y):
+        def network(x):
+            return jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1]) @ p["heads"]
+
+        return jnp.stack([jnp.mean((network(x * i) - y[:i].sum()) ** 2) for i in range(1, M + 1)])
+
+    return losses, params, (normal(5, 6, 10), normal(6, 6)), "rows of the tasks"
+
+
 def closed_over():
     losses, params, args, _ = dense()
     mask = jnp.asarray(np.random.default_rng(7).random((30, 30)) < 0.5, args[0].dtype)
@@ -187,6 +213,8 @@ MODELS = {
     f.__name__: f
     for f in (
         dense,
+        losses_of_losses,
+        passes_of_their_own,
         narrow_layers,
         wide_layers,
         penalty,
@@ -216,7 +244,7 @@ def compiled(fun, *args):
     return jax.jit(fun).lower(*args).compile(options)(*args)
 
 
-@pytest.mark.parametrize("name", some(MODELS, 6))
+@pytest.mark.parametrize("name", some(MODELS, 8))
 def test_equals_the_jacobian(name, x64):
     losses_fn, params, args, words = MODELS[name]()
     weights, of_heads = normal(8, M), normal(9, M)
@@ -425,6 +453,31 @@ def test_other_networks_cost_less_than_to_push_every_gradient(model):
     plain = temporary(jax.grad(lambda p, *args: jnp.mean(losses_fn(p, *args))), params, *args)
     found = temporary(step_of(losses_fn, m), params, jnp.ones(m), *args)
     assert found <= 4 * m * largest * 4 + plain
+
+
+def test_losses_with_passes_of_their_own_cost_no_pass_through_those_of_others():
+    """One forward pass, two backward passes, and the products of the rows."""
+    m, width = 8, 128
+    params = [normal(i, width, width) for i in range(3)]
+
+    def losses(p, x):
+        def loss(x):
+            for w in p:
+                x = jnp.tanh(x @ w)
+            return jnp.mean(x**2)
+
+        return jnp.stack([loss(x * i) for i in range(m)])
+
+    x = normal(4, 64, width)
+    rows = 2 * m * m * 3 * width**2
+    gradient = count(jax.grad(lambda p: jnp.mean(losses(p, x))), params)
+    step = count(step_of(losses, m), params, jnp.ones(m), x)
+    assert step <= 1.1 * 5 / 3 * gradient + rows
+    by_rows = count(lambda p: value_and_jacobian(losses)(p, x)[1], params)
+    assert by_rows <= 1.01 * gradient
+    plain = temporary(jax.grad(lambda p: jnp.mean(losses(p, x))), params)
+    of_a_layer = m * width**2 * 4
+    assert temporary(step_of(losses, m), params, jnp.ones(m), x) <= plain + 3.1 * of_a_layer
 
 
 def test_when_gradients_are_pushed(x64):

@@ -29,12 +29,14 @@ class Split:
       heads: For each task, those on which it alone depends.
       rest: All others.
       of_use: The task of each use in the heads.
+      losses: The values that are stacked; none where all is trunk.
     """
 
     trunk: list[Any]
     heads: list[list[Any]]
     rest: list[Any]
     of_use: dict[Use, int]
+    losses: list[Value]
 
 
 def split(program: Program) -> Split:
@@ -47,7 +49,7 @@ def split(program: Program) -> Split:
         losses = [values[v] for v in last.eqn.invars if v in values]
     m = program.outs[0].aval.shape[0]
     if m == 1 or len(set(losses)) != m or len(losses) != m or any(v.kind != DATA for v in losses):
-        return Split(list(program.steps), [[] for _ in range(m)], [], {})
+        return Split(list(program.steps), [[] for _ in range(m)], [], {}, [])
     wanted: dict[Value, set[int]] = {v: {i} for i, v in enumerate(losses)}
     found: dict[Any, set[int]] = {}
     for step in reversed(program.steps):
@@ -57,7 +59,7 @@ def split(program: Program) -> Split:
         found[step] = tasks
         for v in _reads(step):
             wanted.setdefault(v, set()).update(tasks)
-    parts = Split([], [[] for _ in range(m)], [], {})
+    parts = Split([], [[] for _ in range(m)], [], {}, losses)
     for step in program.steps:
         tasks = found[step]
         if len(tasks) == 1:
@@ -94,7 +96,8 @@ class Stage:
       ins: The values of earlier stages that they read and that carry a derivative.
       outs: Their own that later stages read likewise; of the last stage the losses.
       fixed: Their own that later stages read, but carry none; of the last stage the other outputs.
-      cuts: The reads of the trunk by heads, which have cotangents of their own.
+      cuts: The reads of the trunk by heads, which have cotangents of their own, and the losses that
+        the trunk makes, since they are part of others.
       is_layer: Whether only its last step is a use or a product.
     """
 
@@ -161,7 +164,10 @@ def stages(program: Program, parts: Split, most: int, size_of: Callable[[Use], i
                 [
                     (task, v)
                     for task, part in enumerate(heads)
-                    for v in dict.fromkeys(v for s in part for v in _reads(s))
+                    for v in dict.fromkeys(
+                        [v for s in part for v in _reads(s)]
+                        + (parts.losses[task : task + 1] * is_last)
+                    )
                     if v in earlier and is_float(v.aval)
                 ],
                 bool(steps) and not any(_uses(s) or _has_products(s) for s in steps[:-1]),
@@ -230,7 +236,7 @@ class Forward:
         *others, last = self.stages
         losses, pull = self.losses, self.pulls[-1]
         cotangents: Cotangents = {}
-        if last.cuts:
+        if any(last.heads):
             taps, of_cuts, _, _ = pull([jnp.ones_like(losses)])
             taps = jax.tree.map(lambda x: x[None], taps)
             known = dict(zip(last.cuts, of_cuts, strict=True))
@@ -276,6 +282,9 @@ def _run(
                 own[v] = env[v] + x
         execute.run_steps(steps, own, of_uses, residuals)
         env.update((v, own[v]) for step in steps for v in step.outs)
+    for (reader, v), x in zip(stage.cuts, added, strict=True):
+        if not stage.heads[reader]:  # its loss is stacked as the trunk makes it
+            env[v] = env[v] + x
     execute.run_steps(stage.steps, env, of_uses, residuals)
     fixed = [env[v] if v in env else execute.resolve(env, v) for v in stage.fixed]
     return [env[v] for v in stage.outs], (fixed, [residuals[use] for use in stage.uses])

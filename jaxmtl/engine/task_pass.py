@@ -1,5 +1,6 @@
 """The losses of m tasks over one batch, pulled back to the outputs of layers, and their Gramian."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -53,11 +54,12 @@ class Layers:
 
         def consume(taps: dict[Use, list[jax.Array]]) -> jax.Array | None:
             held.update(taps)
-            tables = []
+            tables: list[Table] = []
             for group in list(waiting):
                 if all(use in held for use in group.uses):
                     waiting.remove(group)
-                    tables.append(self._of_group(env, group, held, dtype, scaled))
+                    last = tables[-1][0] if tables else None
+                    tables.append(self._of_group(env, group, held, last, dtype, scaled))
                     for use in group.uses:
                         del held[use]
             found.extend(tables)
@@ -71,13 +73,16 @@ class Layers:
         env: execute.Env,
         group: Group,
         cotangents: dict[Use, list[jax.Array]],
+        last: jax.Array | None,
         dtype: jnp.dtype,
         scaled: bool,
     ) -> Table:
-        """Returns the part of a group in the Gramian."""
+        """Returns the part of a group in the Gramian; ``last`` is that of the group before."""
         m = self.losses.shape[0]
         tasks, some = self._selected(group, cotangents)
-        block, nonzero, exponent = self._block(env, group, some, dtype, scaled)
+        if tasks is not None and len(tasks) > 1 and group.method != "factors":
+            some = linalg.after(last, some)  # the rows of one group at a time
+        block, nonzero, exponent = self._block(env, group, some, tasks, dtype, scaled)
         if tasks is None:
             return block, nonzero, exponent
         at = jnp.asarray(tasks)
@@ -109,6 +114,7 @@ class Layers:
         env: execute.Env,
         group: Group,
         cotangents: list[list[jax.Array]],
+        tasks: list[int] | None,
         dtype: jnp.dtype,
         scaled: bool,
     ) -> Table:
@@ -143,8 +149,10 @@ class Layers:
             return total, nonzero, exponent
         push, pull = self._maps(env, group)
         if not group.chunk_size:
-            rows = jax.vmap(pull)(cotangents)
-
+            if tasks is None:
+                rows = jax.vmap(pull)(cotangents)
+            else:
+                rows = self._rows_apart(env, group, cotangents, tasks)
             total = _sum(factors.by_blocks(x, x, columns, 0, True, dtype) for x in rows)
             return linalg.mirrored(both(total)), nonzero, exponent
 
@@ -165,6 +173,18 @@ class Layers:
         else:
             block = lax.map(column, jnp.arange(count), batch_size=group.chunk_size).T
         return both(block), nonzero, exponent
+
+    def _rows_apart(
+        self, env: execute.Env, group: Group, cotangents: list[list[jax.Array]], tasks: list[int]
+    ) -> list[jax.Array]:
+        """Returns the rows of tasks that have uses of their own, each pulled through these."""
+        rows = []
+        for place, task in enumerate(tasks):
+            chosen = [k for k, use in enumerate(group.uses) if self.parts.of_use[use] == task]
+            own = dataclasses.replace(group, uses=[group.uses[k] for k in chosen])
+            _, pull = self._maps(env, own)
+            rows.append(pull([[x[place] for x in cotangents[k]] for k in chosen]))
+        return [jnp.stack(leaf) for leaf in zip(*rows, strict=True)]
 
     def _factors(self, part: Part, cotangents: list[jax.Array], env: execute.Env) -> factors.Outer:
         """Returns X, of one row, and Y of a part."""

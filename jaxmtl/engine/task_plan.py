@@ -79,10 +79,13 @@ def make_task_plan(
         m = num_tasks if -1 in tasks else len(tasks)
         sizes = [math.prod(program.leaves[i].shape) for i in group.leaves if in_gramian[i]]
         is_mixed = not all(in_gramian[i] for i in group.leaves)
-        cost, whole = _choose(
-            group, views, m, sum(sizes), is_mixed, max(2 * num_tasks, 3) * largest
-        )
-        _measure(group, program, m)
+        budget = max(2 * num_tasks, 3) * largest
+        num_pulls = m
+        if m > 1 and -1 not in tasks:  # Each has passes of its own, which stay in memory anyway.
+            num_pulls = 1
+            budget += sum(map(num_outputs, program.uses))
+        cost, whole = _choose(group, views, m, num_pulls, sum(sizes), is_mixed, budget)
+        _measure(group, program, m, num_pulls)
         found, pushed = found + cost, pushed + whole * num_tasks / m
     pushed += num_tasks * _of_data(program)
     size = max((program.leaves[i].aval.dtype.itemsize for i in group_leaves(groups)), default=4)
@@ -124,7 +127,13 @@ def _of_data(program: Program) -> int:
 
 
 def _choose(
-    group: Group, views: Views, m: int, leaf_size: int, is_mixed: bool, budget: int
+    group: Group,
+    views: Views,
+    m: int,
+    num_pulls: int,
+    leaf_size: int,
+    is_mixed: bool,
+    budget: int,
 ) -> tuple[float, float]:
     """Chooses the method of a group.
 
@@ -132,6 +141,7 @@ def _choose(
       group: The group.
       views: What values hold.
       m: The number of tasks that depend on it.
+      num_pulls: How many backward passes through all of its uses their rows take.
       leaf_size: The number of entries of its leaves that count.
       is_mixed: Whether there are others.
       budget: How many numbers may exist beside the cotangents.
@@ -154,7 +164,7 @@ def _choose(
     push = 2.0 * m * pull + moved
     options = {"push": push + 2.0 * m * m * outputs}
     if of_rows <= budget:
-        options["rows"] = m * pull + moved + _of_half(m) * size
+        options["rows"] = num_pulls * pull + moved + _of_half(m) * size
     parts = [] if is_mixed else [parts_of(use, views, alone) for use in group.uses]
     paired = None
     if parts and all(parts):
@@ -234,7 +244,7 @@ def _of_pair(a: paths.Part, b: paths.Part, how: str, m: int) -> tuple[float, int
     return table + 2.0 * m * t * s * right + last, t * s + entries
 
 
-def _measure(group: Group, program: Program, m: int) -> None:
+def _measure(group: Group, program: Program, m: int, num_pulls: int) -> None:
     """Notes the operations and the memory of a group's part of the Gramian."""
     leaves = [program.leaves[leaf].aval for leaf in group.leaves]
     itemsize = max(max(jnp.finfo(aval.dtype).bits for aval in leaves), 32) // 8
@@ -254,5 +264,5 @@ def _measure(group: Group, program: Program, m: int) -> None:
     if group.chunk_size:
         group.operations = 2 * m * (pull + m * sum(map(num_outputs, group.uses)))
     else:
-        group.operations = round(m * pull + _of_half(m) * size)
+        group.operations = round(num_pulls * pull + _of_half(m) * size)
     group.memory = itemsize * (group.chunk_size or m) * size
