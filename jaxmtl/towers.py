@@ -70,14 +70,16 @@ class Towers:
         jaxpr = self.closed.jaxpr
         values = _values(self.closed, leaves)
         known = set(jaxpr.invars)
-        pull_trunk, shared, bounds = _differentiate(self.trunk, values, known)
+        wanted = {v for head in self.heads for v in head.ins}.union(self.losses)
+        bounds = [v for v in self.trunk.outs if v in wanted and is_float(v.aval)]
+        pull_trunk, shared = _differentiate(self.trunk, values, known, bounds)
         known.update(bounds)
         of_heads: list[Values] = []
         for head, loss in zip(self.heads, self.losses, strict=True):
             if loss not in head.outs:  # Another task depends on it, so that the trunk makes it.
                 of_heads.append({loss: jnp.ones_like(values[loss])})
                 continue
-            pull, read, _ = _differentiate(head, values, known, [loss])
+            pull, read = _differentiate(head, values, known, [loss])
             of_heads.append(dict(zip(read, pull([jnp.ones_like(values[loss])])[0], strict=True)))
         self.rest.add_to(values)
 
@@ -98,21 +100,20 @@ class Towers:
 
 
 def _differentiate(
-    piece: Piece, values: Values, known: set[Any], outs: Sequence[Any] | None = None
-) -> tuple[Callable[..., Any], list[Any], list[Any]]:
+    piece: Piece, values: Values, known: set[Any], wanted: Sequence[Any]
+) -> tuple[Callable[..., Any], list[Any]]:
     """Evaluates a piece and adds its outs to ``values``.
 
     Args:
       piece: The piece.
       values: What it reads.
       known: The variables that it may be differentiated in.
-      outs: Which of its outs to differentiate; all that can be if None.
+      wanted: Which of its outs to differentiate.
 
     Returns:
-      The backward pass, the variables that its results belong to, and those of its arguments.
+      The backward pass of these, and the variables that its results belong to.
     """
     read = [v for v in piece.ins if v in known]
-    wanted = [v for v in piece.outs if is_float(v.aval)] if outs is None else list(outs)
     others = [v for v in piece.outs if v not in set(wanted)]
 
     def run(arrays: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -121,7 +122,7 @@ def _differentiate(
 
     found, pull, rest = jax.vjp(run, [values[v] for v in read], has_aux=True)
     values.update(zip((*wanted, *others), (*found, *rest), strict=True))
-    return pull, read, wanted
+    return pull, read
 
 
 def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
