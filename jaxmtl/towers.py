@@ -17,34 +17,18 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from jaxmtl.engine.program import as_function, is_float, operations
-
-_INLINE = ("jit", "pjit")
-Values = dict[Any, jax.Array]  # by the variable of the traced function
-
-
-@dataclasses.dataclass(eq=False)
-class Piece:
-    """Some equations, in their order.
-
-    Attributes:
-      fun: ``ins -> outs``.
-      ins: The variables that they read and do not make.
-      outs: Those that they make and others read.
-    """
-
-    fun: Callable[..., Sequence[jax.Array]]
-    ins: list[Any]
-    outs: list[Any]
-
-    def run(self, values: Values) -> Values:
-        """Returns the outs."""
-        found = self.fun(*(values[v] for v in self.ins))
-        return dict(zip(self.outs, found, strict=True))
-
-    def add_to(self, values: Values) -> None:
-        """Adds the outs to the values that they are made of."""
-        values.update(self.run(values))
+from jaxmtl.engine.pieces import (
+    CALLS,
+    Piece,
+    Values,
+    inputs_of,
+    opened,
+    outputs_of,
+    pieces_of,
+    reads,
+)
+from jaxmtl.engine.program import is_float, operations
+from jaxmtl.engine.spread import stacked_last
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,7 +52,7 @@ class Towers:
     def rows(self, leaves: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Returns what the function returns, and the Jacobian, one array (m, *s) per leaf."""
         jaxpr = self.closed.jaxpr
-        values = _values(self.closed, leaves)
+        values = inputs_of(self.closed, leaves)
         known = set(jaxpr.invars)
         wanted = {v for head in self.heads for v in head.ins}.union(self.losses)
         bounds = [v for v in self.trunk.outs if v in wanted and is_float(v.aval)]
@@ -96,7 +80,7 @@ class Towers:
                 rows[v] = stacked(v)
             elif any(v in cotangents for cotangents in of_heads):
                 rows[v] = rows[v] + stacked(v)
-        return _outputs(jaxpr, values), [rows[v] for v in jaxpr.invars]
+        return outputs_of(jaxpr, values), [rows[v] for v in jaxpr.invars]
 
 
 def _differentiate(
@@ -128,9 +112,10 @@ def _differentiate(
 def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
     """Splits a traced function of the losses; returns None where that would gain nothing.
 
-    The first output has to be a vector of scalars that are stacked at the end, as a dict of losses
-    is, and one task alone has to depend on some product.
+    The first output has to be a vector of losses that are stacked, as a dict of losses is, and then
+    at most scaled, masked or averaged; one task alone has to depend on some product.
     """
+    closed = stacked_last(closed, leaves)
     while True:
         jaxpr = closed.jaxpr
         made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
@@ -138,16 +123,14 @@ def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
         if jaxpr.effects or last is None:
             return None
         losses = list(last.invars)
-        calls = [last]
-        if last.primitive.name not in _INLINE:
-            if not _are_stacked(last, losses, made):
-                return None
-            tasks = _tasks(jaxpr, losses)
-            calls = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in _INLINE]
-            calls = [eqn for eqn in calls if len({tasks[v] for v in eqn.outvars if tasks[v]}) > 1]
+        if not _are_stacked(last, losses, made):
+            return None
+        tasks = _tasks(jaxpr, losses)
+        calls = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in CALLS]
+        calls = [eqn for eqn in calls if len({tasks[v] for v in eqn.outvars if tasks[v]}) > 1]
         if not calls:
             break
-        closed = _opened(closed, leaves, calls)
+        closed = opened(closed, leaves, calls)
     m = len(losses)
     groups: dict[int, list[Any]] = {0: [], **{1 << i: [] for i in range(m)}}
     trunk: list[Any] = []
@@ -159,7 +142,7 @@ def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
     rest, *heads = groups.values()
     if not any(operations(eqn) for eqns in heads for eqn in eqns):
         return None
-    first, *pieces, end = _pieces([trunk, *heads, rest], jaxpr)
+    first, *pieces, end = pieces_of(jaxpr, [trunk, *heads, rest])
     return Towers(closed, first, pieces, end, losses)
 
 
@@ -181,65 +164,6 @@ def _tasks(jaxpr: Any, losses: Sequence[Any]) -> dict[Any, int]:
         found = 0
         for v in eqn.outvars:  # that of the losses has none
             found |= tasks[v]
-        for v in _reads(eqn):
+        for v in reads(eqn):
             tasks[v] |= found
     return tasks
-
-
-def _reads(eqn: Any) -> Sequence[Any]:
-    return [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-
-
-def _values(closed: Any, leaves: Sequence[jax.Array]) -> Values:
-    """Returns the constants and the inputs of a traced function."""
-    variables = (*closed.jaxpr.constvars, *closed.jaxpr.invars)
-    arrays = (*map(jnp.asarray, closed.consts), *leaves)
-    return dict(zip(variables, arrays, strict=True))
-
-
-def _opened(closed: Any, leaves: Sequence[jax.Array], calls: Sequence[Any]) -> Any:
-    """Returns a traced function with some compiled calls in it written out."""
-    jaxpr = closed.jaxpr
-    groups: list[list[Any]] = [[]]
-    for eqn in jaxpr.eqns:
-        if eqn in calls:
-            groups += [[eqn], []]
-        else:
-            groups[-1].append(eqn)
-    pieces = _pieces(groups, jaxpr)
-
-    def written_out(*leaves: jax.Array) -> list[jax.Array]:
-        values = _values(closed, leaves)
-        for piece, eqns in zip(pieces, groups, strict=True):
-            if eqns and eqns[0] in calls:
-                (call,) = eqns
-                given = [v.val if isinstance(v, jex.Literal) else values[v] for v in call.invars]
-                found = as_function(call.params["jaxpr"])(*given)
-                values.update(zip(call.outvars, found, strict=True))
-            else:
-                piece.add_to(values)
-        return _outputs(jaxpr, values)
-
-    return jax.make_jaxpr(written_out)(*leaves)
-
-
-def _outputs(jaxpr: Any, values: Values) -> list[jax.Array]:
-    return [jnp.asarray(v.val) if isinstance(v, jex.Literal) else values[v] for v in jaxpr.outvars]
-
-
-def _pieces(groups: Sequence[Sequence[Any]], jaxpr: Any) -> list[Piece]:
-    """Returns groups of equations as functions."""
-    wanted = [{v for eqn in group for v in _reads(eqn)} for group in groups]
-    outputs = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
-    found = []
-    for k, group in enumerate(groups):
-        made = dict.fromkeys(v for eqn in group for v in eqn.outvars)
-        ins = [v for v in dict.fromkeys(v for eqn in group for v in _reads(eqn)) if v not in made]
-        elsewhere = outputs.union(*wanted[:k], *wanted[k + 1 :])
-        outs = [v for v in made if v in elsewhere]
-        effects = frozenset().union(*(eqn.effects for eqn in group))
-        names = {"arg_names": ("",) * len(ins), "result_paths": ("",) * len(outs)}
-        about = jaxpr.debug_info._replace(**names)
-        piece = jex.Jaxpr([], ins, outs, list(group), effects, about)
-        found.append(Piece(as_function(jex.ClosedJaxpr(piece, [])), ins, outs))
-    return found

@@ -30,14 +30,14 @@ def layers(matrices, x):
 
 @pytest.fixture(scope="module")
 def problem():
-    """A trunk, a tower per task, a matrix in two towers, one nowhere, a scalar in a loss."""
+    """A trunk, a tower per task, a matrix in two towers, others in losses alone."""
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), M + 3)
         params = {
             "trunk": dense(keys[0], D, D, D),
             "towers": [dense(k, D, D, D, 3) for k in keys[1 : M + 1]],
             "twice": dense(keys[-2], 3, 3)[0],
-            "unused": jnp.ones((2, 2)),
+            "of losses": jnp.ones((2, 2)),
             "scale": jnp.array(0.5),
         }
         return params, jax.random.normal(keys[-1], (B, D))
@@ -247,3 +247,41 @@ def test_statistics_of_towers(problem):
         np.testing.assert_allclose(
             flat_rows(row, 0), flat_rows(gradient(variables["params"], i), 0), rtol=0, atol=1e-5
         )
+
+
+def of_examples(params, x):
+    """Losses of examples and tasks, as far as they are no means yet: (B, M)."""
+    found = predictions(params, x)
+    return jnp.stack([jnp.mean(found[f"t{i}"] ** 2, -1) for i in range(M)], -1)
+
+
+STACKED_EARLY = {
+    "scaled": lambda p, x: jnp.stack(list(each(p, x).values())) * jnp.arange(1.0, M + 1),
+    "averaged": lambda p, x: jnp.mean(of_examples(p, x), 0),
+    "masked": lambda p, x: (
+        jnp.sum(jnp.where(x[:, :M] > 0, of_examples(p, x), 0), 0) / jnp.sum(x[:, :M] > 0, 0)
+    ),
+    "learned": lambda p, x: (
+        jnp.log(jnp.mean(of_examples(p, x), 0)) * jnp.exp(-p["of losses"].ravel())
+        + p["of losses"].ravel() * p["scale"]
+    ),
+    "compiled": jax.jit(lambda p, x: 2 * jax.jit(of_examples)(p, x).max(0).astype(x.dtype)),
+    "of two": lambda p, x: jnp.mean(of_examples(p, x), 0) + jnp.stack(list(each(p, x).values())),
+}
+
+
+@pytest.mark.parametrize("form", STACKED_EARLY)
+def test_losses_may_be_scaled_masked_and_averaged_after_they_are_stacked(form, problem):
+    with jax.enable_x64(True):
+        params, x = problem
+        losses_fn = STACKED_EARLY[form]
+        losses, jacobian = jax.jit(jaxmtl.value_and_jacobian(losses_fn))(params, x)
+        np.testing.assert_allclose(losses, losses_fn(params, x), rtol=1e-12)
+        rows = flat_rows(jax.jit(jax.jacrev(losses_fn))(params, x))
+        size = np.max(np.abs(rows))
+        np.testing.assert_allclose(flat_rows(jacobian), rows, rtol=0, atol=1e-12 * size)
+        found, gramian, _ = jax.jit(jaxmtl.value_and_gramian(losses_fn))(params, x)
+        np.testing.assert_allclose(found, losses, rtol=1e-12)
+        np.testing.assert_allclose(gramian, rows @ rows.T, rtol=0, atol=1e-12 * size**2)
+        whole = flops(jax.jacrev(losses_fn), params, x)
+        assert flops(jaxmtl.value_and_jacobian(losses_fn), params, x) < 0.5 * whole

@@ -22,6 +22,7 @@ from jaxmtl.engine.plan import describe
 from jaxmtl.engine.program import Program, as_function
 from jaxmtl.engine.prune import prune
 from jaxmtl.engine.route import Options, Pull
+from jaxmtl.engine.spread import stacked_last
 from jaxmtl.engine.task_pass import Layers
 from jaxmtl.engine.task_plan import make_task_plan
 from jaxmtl.types import PyTree
@@ -393,6 +394,7 @@ class PerTask(Tasks):
         self._why_not = ""
         if needs_gramian:
             traced = trace(lambda leaves: call(jax.tree.unflatten(treedef, leaves)), leaves)
+            traced = stacked_last(traced[0], leaves), traced[1]
             self.layers, self._why_not = _layers(traced, leaves, shared, options.chunk_size, data)
         if self.layers is not None:
             aux = jax.tree.unflatten(jax.tree.structure(traced[1][1]), self.layers.aux)
