@@ -20,9 +20,9 @@ def value_and_jacobian(
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Makes a function that computes the losses and the stacked per-task gradients.
 
-    Where losses are stacked at the end or named, layers on which one task alone depends (a head, a
-    tower, a pass on other inputs) are passed backwards once for all tasks, not once for each; this
-    needs ``jit`` and no ``chunk_size``.
+    Layers on which one task alone depends (a head, a tower, a pass on other inputs) are passed
+    backwards once for all tasks, not once for each, under ``jit`` and without ``chunk_size``. For
+    this, losses are named or stacked, and after that at most scaled, masked or averaged.
 
     Args:
       losses_fn: ``losses_fn(params, *args, **kwargs) -> (m,)`` losses, or a dict of m scalars by
