@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmtl import arguments, keywords, linalg, separate, towers
+from jaxmtl import arguments, keywords, linalg, separate
+from jaxmtl.engine import towers
 from jaxmtl.separate import Losses
 from jaxmtl.types import PyTree
 
