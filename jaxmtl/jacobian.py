@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, keywords, linalg, separate
-from jaxmtl.engine import towers
+from jaxmtl.engine import program, towers
 from jaxmtl.separate import Losses
 from jaxmtl.types import PyTree
 
@@ -123,12 +123,16 @@ def _of_tasks(
     args: tuple[Any, ...],
     chunk_size: int | None,
 ) -> tuple[jax.Array, Any, Sequence[jax.Array]]:
+    def of_leaves(leaves: Sequence[jax.Array]) -> tuple[jax.Array, Any]:
+        losses, aux = losses_of(leaves, args)
+        arguments.check_task_losses(losses.shape)
+        return losses, aux
+
     if chunk_size is None and any(map(_is_traced, leaves)):
-        found = _by_towers(lambda leaves: losses_of(leaves, args), leaves)
+        found = _traced_first(of_leaves, leaves)
         if found is not None:
             return found
-    losses, pull, aux = jax.vjp(lambda leaves: losses_of(leaves, args), leaves, has_aux=True)
-    arguments.check_task_losses(losses.shape)
+    losses, pull, aux = jax.vjp(of_leaves, leaves, has_aux=True)
     return losses, aux, _rows(pull, losses, chunk_size)
 
 
@@ -141,15 +145,14 @@ def _is_traced(x: Any) -> bool:
     return False
 
 
-def _by_towers(
+def _traced_first(
     losses_of: Callable[..., Any], leaves: Sequence[jax.Array]
 ) -> tuple[jax.Array, Any, Sequence[jax.Array]] | None:
-    """Returns the losses, aux and the rows, or None where no task has layers of its own."""
+    """Returns the losses, aux and the rows, layers of one task passed once; None if it cannot."""
     structure: list[Any] = []
 
     def flat(*leaves: jax.Array) -> list[jax.Array]:
         losses, aux = losses_of(leaves)
-        arguments.check_task_losses(losses.shape)
         others, treedef = jax.tree.flatten(aux)
         is_array = [isinstance(x, jax.Array) for x in others]
         kept = [None if flag else x for x, flag in zip(others, is_array, strict=True)]
@@ -159,11 +162,21 @@ def _by_towers(
     try:
         closed = jax.make_jaxpr(flat)(*leaves)
     except jax.errors.ConcretizationTypeError:
-        return None  # Python decides by values, which only the derivative below knows.
-    found = towers.towers_of(closed, leaves)
-    if found is None:
+        return None  # Python decides by values, which only a derivative outside jit knows.
+    if closed.jaxpr.effects:
         return None
-    (losses, *arrays), rows = found.rows(leaves)
+    found = towers.towers_of(closed, leaves)
+    if found is not None:
+        (losses, *arrays), rows = found.rows(leaves)
+    else:
+        run = program.as_function(closed)
+
+        def split(leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+            losses, *arrays = run(*leaves)
+            return losses, arrays
+
+        losses, pull, arrays = jax.vjp(split, leaves, has_aux=True)
+        rows = list(_rows(pull, losses, None))
     treedef, others, is_array = structure[0]
     left = iter(arrays)
     others = [next(left) if flag else x for x, flag in zip(others, is_array, strict=True)]

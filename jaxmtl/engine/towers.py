@@ -120,7 +120,7 @@ def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
         jaxpr = closed.jaxpr
         made = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
         last = made.get(jaxpr.outvars[0])
-        if jaxpr.effects or last is None:
+        if last is None:
             return None
         losses = list(last.invars)
         if not _are_stacked(last, losses, made):
