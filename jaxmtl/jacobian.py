@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxmtl import arguments, keywords, linalg, separate
-from jaxmtl.engine import program, towers
+from jaxmtl.engine import pieces, program, towers
 from jaxmtl.separate import Losses
 from jaxmtl.types import PyTree
+
+# What Python that decides by values raises where these are known to a derivative outside jit alone.
+_BY_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def value_and_jacobian(
@@ -128,21 +136,12 @@ def _of_tasks(
         arguments.check_task_losses(losses.shape)
         return losses, aux
 
-    if chunk_size is None and any(map(_is_traced, leaves)):
+    if chunk_size is None and any(map(pieces.is_traced, leaves)):
         found = _traced_first(of_leaves, leaves)
         if found is not None:
             return found
     losses, pull, aux = jax.vjp(of_leaves, leaves, has_aux=True)
     return losses, aux, _rows(pull, losses, chunk_size)
-
-
-def _is_traced(x: Any) -> bool:
-    """Tells whether an array is known only when the program runs."""
-    try:
-        x.devices()
-    except jax.errors.ConcretizationTypeError:
-        return True
-    return False
 
 
 def _traced_first(
@@ -161,26 +160,32 @@ def _traced_first(
 
     try:
         closed = jax.make_jaxpr(flat)(*leaves)
-    except jax.errors.ConcretizationTypeError:
-        return None  # Python decides by values, which only a derivative outside jit knows.
-    if closed.jaxpr.effects:
+    except _BY_VALUES:
         return None
-    found = towers.towers_of(closed, leaves)
-    if found is not None:
-        (losses, *arrays), rows = found.rows(leaves)
-    else:
-        run = program.as_function(closed)
-
-        def split(leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-            losses, *arrays = run(*leaves)
-            return losses, arrays
-
-        losses, pull, arrays = jax.vjp(split, leaves, has_aux=True)
-        rows = list(_rows(pull, losses, None))
+    if closed.jaxpr.effects or pieces.has_open_rule(closed.jaxpr):
+        return None
+    losses, arrays, rows = _of_traced(closed, leaves)
     treedef, others, is_array = structure[0]
     left = iter(arrays)
     others = [next(left) if flag else x for x, flag in zip(others, is_array, strict=True)]
     return losses, jax.tree.unflatten(treedef, others), rows
+
+
+def _of_traced(
+    closed: Any, leaves: Sequence[jax.Array]
+) -> tuple[jax.Array, list[jax.Array], Sequence[jax.Array]]:
+    found = towers.towers_of(closed, leaves)
+    if found is not None:
+        (losses, *arrays), rows = found.rows(leaves)
+        return losses, arrays, rows
+    run = program.as_function(closed)
+
+    def split(leaves: Sequence[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        losses, *arrays = run(*leaves)
+        return losses, arrays
+
+    losses, pull, arrays = jax.vjp(split, leaves, has_aux=True)
+    return losses, arrays, _rows(pull, losses, None)
 
 
 def _of_examples(

@@ -266,6 +266,13 @@ STACKED_EARLY = {
         + p["of losses"].ravel() * p["scale"]
     ),
     "compiled": jax.jit(lambda p, x: 2 * jax.jit(of_examples)(p, x).max(0).astype(x.dtype)),
+    "weighted": lambda p, x: jnp.mean(of_examples(p, x) * x[:1, :M] * x[:, :1], 0),
+    "one for all": lambda p, x: jnp.stack(list(each(p, x).values())) * x[0, 1:2],
+    "over their sum": lambda p, x: (
+        lambda l: l / jnp.sum(l, keepdims=True) + jax.nn.softmax(jax.lax.stop_gradient(l))
+    )(jnp.stack(list(each(p, x).values()))),
+    "variances": lambda p, x: jnp.var(of_examples(p, x), 0),
+    "soft maxima": lambda p, x: jax.nn.logsumexp(of_examples(p, x).T, 1),
     "of two": lambda p, x: jnp.mean(of_examples(p, x), 0) + jnp.stack(list(each(p, x).values())),
 }
 
@@ -283,5 +290,103 @@ def test_losses_may_be_scaled_masked_and_averaged_after_they_are_stacked(form, p
         found, gramian, _ = jax.jit(jaxmtl.value_and_gramian(losses_fn))(params, x)
         np.testing.assert_allclose(found, losses, rtol=1e-12)
         np.testing.assert_allclose(gramian, rows @ rows.T, rtol=0, atol=1e-12 * size**2)
+        if form in (
+            "over their sum",
+            "soft maxima",
+        ):  # every loss reads all; a transpose is no step
+            return
         whole = flops(jax.jacrev(losses_fn), params, x)
         assert flops(jaxmtl.value_and_jacobian(losses_fn), params, x) < 0.5 * whole
+
+
+def test_long_chains_without_a_stack_are_traced_at_once():
+    def logistic(p, steps):
+        for _ in range(steps):
+            p = 3.7 * p * (1 - p)
+        return p
+
+    def newton(p, steps):
+        y = jnp.stack([jnp.sum(p), jnp.sum(p**2)])
+        for _ in range(steps):
+            y = y - (y * y - 2) / (2 * y)
+        return y
+
+    for fun in (logistic, newton):
+
+        def equations(steps, fun=fun):
+            rows = jaxmtl.value_and_jacobian(lambda p: fun(p, steps))
+            return len(jax.make_jaxpr(rows)(jnp.full(3, 0.3)).eqns)
+
+        few, more, most = (equations(n) for n in (10, 20, 40))
+        assert most - more <= 2.1 * (more - few)
+
+
+def reversed_by(rate):
+    rule = jax.custom_vjp(lambda x: x)
+    rule.defvjp(lambda x: (x, None), lambda _, g: (-rate * g,))
+    return rule
+
+
+def scaled_by(rate):
+    rule = jax.custom_jvp(lambda x: x)
+    rule.defjvp(lambda primals, tangents: (primals[0], rate * tangents[0]))
+    return rule
+
+
+@pytest.mark.parametrize("rule", [reversed_by, scaled_by])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_rule_may_close_over_a_traced_value(rule, is_inside):
+    """As gradient reversal by a schedule does: it cannot be traced before it is differentiated."""
+
+    def losses_fn(params, x, step):
+        h = jnp.tanh(x @ params["t"])
+        rate = 2 / (1 + jnp.exp(-step)) - 1 if is_inside else step
+        return {"a": jnp.mean((h @ params["a"]) ** 2), "b": jnp.mean(rule(rate)(h) @ params["b"])}
+
+    params = {"t": jnp.eye(3) + 0.1, "a": jnp.ones((3, 2)), "b": jnp.full((3, 2), 0.3)}
+    args = params, jnp.arange(12.0).reshape(4, 3), jnp.array(1.0)
+    expected = flat_rows(
+        jax.jacrev(lambda p: jnp.stack([*losses_fn(p, *args[1:]).values()]))(params)
+    )
+    rows = jax.jit(jaxmtl.value_and_jacobian(losses_fn))(*args)[1]
+    np.testing.assert_allclose(flat_rows(rows), expected, rtol=0, atol=1e-6)
+
+    def without_jacobian(*args):
+        _, gramian, pullback = jaxmtl.value_and_gramian(losses_fn)(*args)
+        return gramian, pullback(jnp.array([1.0, 2.0]))
+
+    gramian, pulled = jax.jit(without_jacobian)(*args)
+    np.testing.assert_allclose(gramian, expected @ expected.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(flat_rows(pulled, 0), [1, 2] @ expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda p, x: np.asarray(jnp.mean(x, 0))[0],
+        lambda p, x: jnp.mean(x[x[:, 0] > 0]),
+        lambda p, x: [0.5, 2.0][jnp.argmax(p["a"].sum(0)) % 2],
+        lambda p, x: 2.0 if jnp.sum(p["a"]) > 0 else 1.0,
+    ],
+)
+def test_values_that_python_reads_outside_jit(read):
+    params, x = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}, jnp.arange(12.0).reshape(4, 3) - 5
+
+    def losses_fn(params, x):
+        return {name: read(params, x) * jnp.mean(jnp.tanh(x @ w)) for name, w in params.items()}
+
+    def total(params):
+        return jnp.sum(flat_rows(jaxmtl.value_and_jacobian(losses_fn)(params, x)[1]) ** 2)
+
+    assert np.all(np.isfinite(flat_rows(jax.grad(total)(params), 0)))
+
+
+def test_a_literal_among_the_losses():
+    def losses_fn(p):
+        return jnp.stack([p @ p, jnp.sum(p) ** 2, jnp.array(2.0)])
+
+    p = jnp.array([1.0, 2.0, -1.0])
+    rows = jax.jit(jaxmtl.value_and_jacobian(losses_fn))(p)[1]
+    np.testing.assert_array_equal(rows, [2 * p, [4, 4, 4], [0, 0, 0]])
+    gramian = jax.jit(lambda p: jaxmtl.value_and_gramian(losses_fn)(p)[1])(p)
+    np.testing.assert_allclose(gramian, rows @ rows.T)

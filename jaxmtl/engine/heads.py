@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 
 from jaxmtl import linalg
@@ -45,8 +46,9 @@ def split(program: Program) -> Split:
     last = made.get(program.outs[0])
     losses: list[Value] = []
     if last is not None and not isinstance(last, Scan) and last.name in ("stack", "concatenate"):
-        values = dict(zip(dict.fromkeys(last.eqn.invars), last.ins, strict=False))
-        losses = [values[v] for v in last.eqn.invars if v in values]
+        read = [v for v in last.eqn.invars if not isinstance(v, jex.Literal)]
+        values = dict(zip(dict.fromkeys(read), last.ins, strict=False))
+        losses = [values[v] for v in read if v in values]
     m = program.outs[0].aval.shape[0]
     if m == 1 or len(set(losses)) != m or len(losses) != m or any(v.kind != DATA for v in losses):
         return Split(list(program.steps), [[] for _ in range(m)], [], {}, [])

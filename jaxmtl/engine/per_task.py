@@ -18,6 +18,7 @@ from jaxmtl import arguments, linalg
 from jaxmtl.engine import execute, linearity
 from jaxmtl.engine.build import REMAT, build
 from jaxmtl.engine.heads import Stage, pull, split
+from jaxmtl.engine.pieces import has_open_rule
 from jaxmtl.engine.plan import describe
 from jaxmtl.engine.program import Program, as_function
 from jaxmtl.engine.prune import prune
@@ -134,9 +135,10 @@ def linearize(
     inputs = list(inputs)
     closed, (losses, aux) = trace(fun, inputs)
     flat = as_function(closed)
+    is_open = has_open_rule(closed.jaxpr)
 
     def split(inputs: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        first, *rest = flat(*inputs)
+        first, *rest = jax.tree.leaves(fun(inputs)) if is_open else flat(*inputs)
         return [first], rest
 
     narrow = _narrow(closed, inputs)
@@ -444,7 +446,7 @@ def _layers(
     m = losses.shape[0]
     if chunk_size is not None and chunk_size < m:
         return None, "without chunk_size the gradients of dense layers need not be formed"
-    if _narrow(closed, leaves) or first_custom(closed.jaxpr):
+    if _narrow(closed, leaves) or first_custom(closed.jaxpr) or has_open_rule(closed.jaxpr):
         return None, ""
     if _has_remat(closed.jaxpr):
         return None, "so that what is computed again in the backward pass is not stored"

@@ -1,6 +1,8 @@
 """Traced functions cut into pieces, and traced anew with parts of them written differently."""
 
 import dataclasses
+import gc
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 from jaxmtl.engine.program import as_function
 
 CALLS = ("jit", "pjit")
+_RULES = {"custom_jvp_call": ("jvp_jaxpr_fun",), "custom_vjp_call": ("fwd_jaxpr_thunk", "bwd")}
+_NO_CLOSURES = (type, types.ModuleType, str, bytes, int, float, complex, type(None))
 Values = dict[Any, jax.Array]  # by the variable of the traced function
 
 
@@ -110,3 +114,49 @@ def opened(closed: Any, leaves: Sequence[jax.Array], calls: Sequence[Any]) -> An
         return outputs_of(jaxpr, values)
 
     return jax.make_jaxpr(written_out)(*leaves)
+
+
+def has_open_rule(jaxpr: Any) -> bool:
+    """Tells whether a custom rule of differentiation closes over a traced value.
+
+    The rule runs when the function is differentiated. If the value was computed while the function
+    was traced (gradient reversal at a scheduled rate), it no longer exists then.
+    """
+    for eqn in jaxpr.eqns:
+        names = _RULES.get(eqn.primitive.name, ())
+        if any(_closes_over_traced(eqn.params[name]) for name in names if name in eqn.params):
+            return True
+        bodies = jex.jaxprs_in_params(eqn.params)
+        if any(has_open_rule(getattr(body, "jaxpr", body)) for body in bodies):
+            return True
+    return False
+
+
+def _closes_over_traced(rule: Any) -> bool:
+    seen: dict[int, Any] = {}
+    stack = [rule]
+    while stack:
+        x = stack.pop()
+        if id(x) in seen or isinstance(x, _NO_CLOSURES):
+            continue
+        seen[id(x)] = x
+        if isinstance(x, jax.Array):
+            if is_traced(x):
+                return True
+        elif isinstance(x, types.FunctionType):  # not its globals
+            stack += [*(x.__closure__ or ()), *(x.__defaults__ or ())]
+            stack += (x.__kwdefaults__ or {}).values()
+        elif isinstance(x, dict):
+            stack += x.values()
+        else:
+            stack += gc.get_referents(x)
+    return False
+
+
+def is_traced(x: Any) -> bool:
+    """Tells whether an array is known only when the program runs."""
+    try:
+        x.devices()
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False

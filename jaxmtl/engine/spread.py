@@ -1,7 +1,6 @@
 """Losses that are stacked early and then scaled, masked or averaged, one by one."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +8,19 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
-from jaxmtl.engine.pieces import CALLS, Values, inputs_of, opened, outputs_of, pieces_of, value_of
+from jaxmtl.engine.pieces import (
+    CALLS,
+    inputs_of,
+    opened,
+    outputs_of,
+    pieces_of,
+    reads,
+    value_of,
+)
+from jaxmtl.linalg import explicit_sharding
 
 _STACKED = ("stack", "concatenate")
+_MOVED = ("broadcast_in_dim", "transpose")
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 # fmt: off
 _ENTRYWISE = frozenset((
@@ -20,7 +29,6 @@ _ENTRYWISE = frozenset((
     "pow", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "sub", "tan", "tanh",
 ))
 # fmt: on
-Part = Callable[[Values, int], jax.Array]  # of task i
 
 
 def stacked_last(closed: Any, leaves: Sequence[jax.Array]) -> Any:
@@ -34,99 +42,137 @@ def stacked_last(closed: Any, leaves: Sequence[jax.Array]) -> Any:
       leaves: Its inputs.
     """
     while not closed.jaxpr.effects:
-        jaxpr = closed.jaxpr
-        search = _Search({v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}, [], [])
-        part = search.part(jaxpr.outvars[0], 0)
-        if search.calls:
-            closed = opened(closed, leaves, search.calls)
-            continue
-        if part is None or search.made[jaxpr.outvars[0]].primitive.name in _STACKED:
+        axes, calls = _stacked_along(closed.jaxpr)
+        if not calls:
             break
-        return _of_parts(closed, leaves, part, search.read)
-    return closed
+        closed = opened(closed, leaves, calls)
+    else:
+        return closed
+    losses = closed.jaxpr.outvars[0]
+    made = next((eqn for eqn in closed.jaxpr.eqns if losses in eqn.outvars), None)
+    if made is None or axes.get(losses) != 0 or made.primitive.name in _STACKED:
+        return closed
+    found = _one_by_one(closed, leaves, axes)
+    same = zip(found.out_avals, closed.out_avals, strict=True)
+    return found if all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in same) else closed
 
 
-def _of_parts(closed: Any, leaves: Sequence[jax.Array], part: Part, read: list[Any]) -> Any:
+def _stacked_along(jaxpr: Any) -> tuple[dict[Any, int], list[Any]]:
+    """Returns the axes along which variables are stacked, and compiled calls to look into.
+
+    These lie between a stack and the losses, or may hold the stack.
+    """
+    m = jaxpr.outvars[0].aval.shape[0]
+    axes: dict[Any, int] = {}
+    behind = set() if isinstance(jaxpr.outvars[0], jex.Literal) else {jaxpr.outvars[0]}
+    names = (*_STACKED, *_MOVED, *_REDUCTIONS, *_ENTRYWISE, *CALLS)
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name in names and not behind.isdisjoint(eqn.outvars):
+            behind.update(reads(eqn))
+    calls = []
+    for eqn in jaxpr.eqns:
+        axis = _axis_of(eqn, axes)
+        if axis is not None and eqn.outvars[0].aval.shape[axis] == m:
+            axes[eqn.outvars[0]] = axis
+        is_between = eqn.primitive.name in CALLS and not behind.isdisjoint(eqn.outvars)
+        if is_between and (any(v in axes for v in reads(eqn)) or _has_stack(eqn)):
+            calls.append(eqn)
+    return axes, calls
+
+
+def _has_stack(call: Any) -> bool:
+    eqns = call.params["jaxpr"].jaxpr.eqns
+    if any(eqn.primitive.name in _STACKED for eqn in eqns):
+        return True
+    return any(_has_stack(eqn) for eqn in eqns if eqn.primitive.name in CALLS)
+
+
+def _axis_of(eqn: Any, axes: dict[Any, int]) -> int | None:
+    """Returns the axis along which the result of an equation is stacked."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "stack":
+        return int(params["axis"])
+    if name == "concatenate":
+        axis = int(params["dimension"])
+        return axis if all(v.aval.shape[axis] == 1 for v in eqn.invars) else None
+    if params.get("out_sharding") is not None or params.get("sharding") is not None:
+        return None
+    if any(v in axes and explicit_sharding(v.aval) for v in reads(eqn)):
+        return None
+    known = {axes[v] for v in reads(eqn) if v in axes}
+    if len(known) != 1:
+        return None
+    (axis,) = known
+    if name in _REDUCTIONS:
+        return None if axis in params["axes"] else axis - sum(a < axis for a in params["axes"])
+    if name == "broadcast_in_dim":
+        return int(params["broadcast_dimensions"][axis]) if len(eqn.invars) == 1 else None
+    if name == "transpose":
+        return int(params["permutation"].index(axis))
+    ndim = eqn.outvars[0].aval.ndim
+    if name not in _ENTRYWISE or any(v.aval.ndim not in (0, ndim) for v in eqn.invars):
+        return None
+    return None if any(explicit_sharding(v.aval) for v in eqn.invars) else axis
+
+
+def _one_by_one(closed: Any, leaves: Sequence[jax.Array], axes: dict[Any, int]) -> Any:
+    """Returns the function with the losses made one by one and stacked at the end."""
     jaxpr = closed.jaxpr
+    wanted, last = {jaxpr.outvars[0]}, []
+    for eqn in reversed(jaxpr.eqns):
+        v = eqn.outvars[0] if eqn.outvars else None
+        if v in wanted and v in axes:
+            last.append(eqn)
+            wanted.update(x for x in reads(eqn) if eqn.primitive.name not in _STACKED)
+    last.reverse()
+    read = {x for eqn in last for x in reads(eqn)}
     (whole,) = pieces_of(jaxpr, [jaxpr.eqns], read)
 
     def one_by_one(*leaves: jax.Array) -> list[jax.Array]:
         values = inputs_of(closed, leaves)
         whole.add_to(values)
-        m = jaxpr.outvars[0].aval.shape[0]
-        losses = jnp.stack([part(values, i) for i in range(m)])
-        return [losses, *outputs_of(jaxpr, values)[1:]]
+        losses = []
+        for i in range(jaxpr.outvars[0].aval.shape[0]):
+            found: dict[Any, jax.Array] = {}  # of task i
+            for eqn in last:
+                axis = axes[eqn.outvars[0]]
+                if eqn.primitive.name in _STACKED:
+                    x = jnp.asarray(value_of(eqn.invars[i], values))
+                    found[eqn.outvars[0]] = x if eqn.primitive.name == "stack" else x.squeeze(axis)
+                    continue
+                given = [
+                    found[x]
+                    if not isinstance(x, jex.Literal) and x in found
+                    else _slice(value_of(x, values), axis, i)
+                    for x in eqn.invars
+                ]
+                found[eqn.outvars[0]] = eqn.primitive.bind(*given, **_without(eqn, axes))
+            losses.append(found[jaxpr.outvars[0]])
+        return [jnp.stack(losses), *outputs_of(jaxpr, values)[1:]]
 
     return jax.make_jaxpr(one_by_one)(*leaves)
 
 
-@dataclasses.dataclass
-class _Search:
-    """Looks for what an array is stacked of.
+def _without(eqn: Any, axes: dict[Any, int]) -> dict[str, Any]:
+    """Returns the parameters of an equation for operands and a result without the stacked axis."""
+    name, params, axis = eqn.primitive.name, eqn.params, axes[eqn.outvars[0]]
 
-    Attributes:
-      made: The equation that makes a variable.
-      calls: Compiled calls that were met: what is in them is not known.
-      read: The variables that the parts read.
-    """
+    def fewer(numbers: Sequence[int], gone: int) -> tuple[int, ...]:
+        return tuple(a - (a > gone) for a in numbers if a != gone)
 
-    made: dict[Any, Any]
-    calls: list[Any]
-    read: list[Any]
+    if name in _REDUCTIONS:
+        return params | {"axes": fewer(params["axes"], axes[eqn.invars[0]])}
+    if name == "transpose":
+        return params | {"permutation": fewer(params["permutation"], axes[eqn.invars[0]])}
+    if name == "broadcast_in_dim":
+        shape = params["shape"][:axis] + params["shape"][axis + 1 :]
+        dimensions = fewer(params["broadcast_dimensions"], axis)
+        return params | {"shape": shape, "broadcast_dimensions": dimensions}
+    return params
 
-    def part(self, v: Any, axis: int) -> Part | None:
-        """Returns what makes the slices of a variable along an axis, if it is stacked."""
-        eqn = None if isinstance(v, jex.Literal) else self.made.get(v)
-        if eqn is None:
-            return None
-        name, params = eqn.primitive.name, eqn.params
-        if name in CALLS:
-            self.calls.append(eqn)
-        if name == "stack" and params["axis"] == axis:
-            self.read += [x for x in eqn.invars if not isinstance(x, jex.Literal)]
-            return lambda values, i: jnp.asarray(value_of(eqn.invars[i], values))
-        if name == "concatenate" and params["dimension"] == axis:
-            if any(x.aval.shape[axis] != 1 for x in eqn.invars):
-                return None
-            self.read += [x for x in eqn.invars if not isinstance(x, jex.Literal)]
-            return lambda values, i: lax.squeeze(
-                jnp.asarray(value_of(eqn.invars[i], values)), [axis]
-            )
-        if params.get("out_sharding") is not None or params.get("sharding") is not None:
-            return None
-        if name in _REDUCTIONS:
-            axes = params["axes"]
-            inner = [a for a in range(eqn.invars[0].aval.ndim) if a not in axes][axis]
-            of_operand = self.part(eqn.invars[0], inner)
-            if of_operand is None:
-                return None
-            fewer = tuple(a - (a > inner) for a in axes)
-            return lambda values, i: eqn.primitive.bind(
-                of_operand(values, i), **(params | {"axes": fewer})
-            )
-        return self._of_entries(eqn, axis) if name in _ENTRYWISE else None
 
-    def _of_entries(self, eqn: Any, axis: int) -> Part | None:
-        """Returns what makes the slices of a result that is computed entry by entry."""
-        shape = eqn.outvars[0].aval.shape
-        parts = [self.part(x, axis) if x.aval.shape == shape else None for x in eqn.invars]
-        if not any(parts):
-            return None
-        others = [x for x, part in zip(eqn.invars, parts, strict=True) if part is None]
-        self.read += [x for x in others if not isinstance(x, jex.Literal)]
-
-        def part(values: Values, i: int) -> jax.Array:
-            operands = []
-            for x, known in zip(eqn.invars, parts, strict=True):
-                if known is not None:
-                    operands.append(known(values, i))
-                    continue
-                whole = value_of(x, values)
-                is_sliced = x.aval.shape == shape
-                operands.append(
-                    lax.index_in_dim(whole, i, axis, keepdims=False) if is_sliced else whole
-                )
-            found: jax.Array = eqn.primitive.bind(*operands, **eqn.params)
-            return found
-
-        return part
+def _slice(x: Any, axis: int, i: int) -> Any:
+    """Returns what task i reads of an operand: scalars and axes of length one are for all."""
+    if not jnp.ndim(x):
+        return x
+    return lax.index_in_dim(x, 0 if jnp.shape(x)[axis] == 1 else i, axis, keepdims=False)
