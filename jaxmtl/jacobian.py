@@ -174,6 +174,7 @@ def _traced_first(
 def _of_traced(
     closed: Any, leaves: Sequence[jax.Array]
 ) -> tuple[jax.Array, list[jax.Array], Sequence[jax.Array]]:
+    """Returns the outputs of a traced function ``leaves -> (losses, *others)``, and the rows."""
     found = towers.towers_of(closed, leaves)
     if found is not None:
         (losses, *arrays), rows = found.rows(leaves)
