@@ -27,9 +27,10 @@ def judge(conditions: Iterable[bool]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Returns mean and standard error of the mean (nan for a single value)."""
+    """Returns mean and standard error of the mean (nan for a single value, and beside infinity)."""
     n = len(values)
-    error = np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    is_known = n > 1 and bool(np.all(np.isfinite(values)))
+    error = np.std(values, ddof=1) / np.sqrt(n) if is_known else np.nan
     return float(np.mean(values)), float(error)
 
 
@@ -42,7 +43,7 @@ def above_error(values: Sequence[float]) -> bool:
 def show(values: Sequence[float], *, digits: int, sign: str = "") -> str:
     """Returns "mean ± standard error"; with ``sign="+"`` the mean has its sign, 0 never a minus."""
     mean, error = mean_and_error(values)
-    return f"{mean:{sign}z.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
+    return f"{mean:{sign}z.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def listed(
