@@ -87,6 +87,13 @@ def test_networks_are_those_of_the_tables(name, flat, count):
 # --- the search of appendix C.1
 
 
+def test_a_training_is_known_by_its_rate_before_and_after_it_is_recorded():
+    """Rounded to six digits and then to five, some rates differ from those rounded to five."""
+    rates = np.geomspace(1e-5, 100, 20_000).tolist()
+    assert all(iwrm.key_of(1, r) == iwrm.key_of(1, iwrm.recorded(r)) for r in rates)
+    assert any(f"{r:.5g}" != f"{iwrm.recorded(r):.5g}" for r in rates)
+
+
 def test_full_search_tries_72_rates_around_the_two_best_of_each_seed():
     tried = [[], []]
 

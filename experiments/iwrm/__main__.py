@@ -49,6 +49,16 @@ def rounded(values: np.ndarray) -> Any:
     return numbers if values.ndim else numbers[0]
 
 
+def recorded(rate: float) -> float:
+    """Returns a learning rate as a results file holds it."""
+    return float(f"{rate:.6g}")
+
+
+def key_of(seed: int, rate: float) -> tuple[int, str]:
+    """Returns what a training is known by, whether its rate is recorded already or not."""
+    return seed, f"{recorded(rate):.5g}"
+
+
 class Trainer(NamedTuple):
     """Trains a method where a results file does not hold it yet, and appends it."""
 
@@ -65,12 +75,12 @@ class Trainer(NamedTuple):
 
         def known() -> dict[tuple[int, str], float]:
             return {
-                (r["seed"], f"{r['learning_rate']:.5g}"): np.inf if r["area"] is None else r["area"]
+                key_of(r["seed"], r["learning_rate"]): np.inf if r["area"] is None else r["area"]
                 for r in self.results.records
                 if label.items() <= r.items()
             }
 
-        wanted, held = {(s, f"{r:.5g}"): (s, r) for s, r in runs.items()}, known()
+        wanted, held = {key_of(s, r): (s, r) for s, r in runs.items()}, known()
         missing = [run for key, run in wanted.items() if key not in held]
         together = self.args.together or (1 if jax.default_backend() == "cpu" else len(runs))
         for start in range(0, len(missing), together):
@@ -98,7 +108,7 @@ class Trainer(NamedTuple):
         curves = jax.device_get(curves)
         seconds = round((time.perf_counter() - start) / len(seeds), 1)
         return [
-            {"seed": seed, "learning_rate": float(f"{rate:.6g}"), "seconds": seconds}
+            {"seed": seed, "learning_rate": recorded(rate), "seconds": seconds}
             | {name: rounded(values[i]) for name, values in curves.items()}
             for i, (seed, rate) in enumerate(zip(seeds, rates, strict=True))
         ]
