@@ -19,7 +19,7 @@ from jaxmtl.engine.pieces import (
 )
 from jaxmtl.linalg import explicit_sharding
 
-_STACKED = ("stack", "concatenate")
+STACKED = ("stack", "concatenate")
 _MOVED = ("broadcast_in_dim", "transpose")
 _REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
 # fmt: off
@@ -52,7 +52,7 @@ def stacked_last(closed: Any, leaves: Sequence[jax.Array]) -> Any:
         return closed
     losses = closed.jaxpr.outvars[0]
     made = next((eqn for eqn in closed.jaxpr.eqns if losses in eqn.outvars), None)
-    if made is None or axes.get(losses) != 0 or made.primitive.name in _STACKED:
+    if made is None or axes.get(losses) != 0 or made.primitive.name in STACKED:
         return closed
     found = _one_by_one(closed, leaves, axes)
     same = zip(found.out_avals, closed.out_avals, strict=True)
@@ -67,7 +67,7 @@ def _stacked_along(jaxpr: Any) -> tuple[dict[Any, int], list[Any]]:
     m = jaxpr.outvars[0].aval.shape[0]
     axes: dict[Any, int] = {}
     behind = set() if isinstance(jaxpr.outvars[0], jex.Literal) else {jaxpr.outvars[0]}
-    names = (*_STACKED, *_MOVED, *_REDUCTIONS, *_ENTRYWISE, *CALLS)
+    names = (*STACKED, *_MOVED, *_REDUCTIONS, *_ENTRYWISE, *CALLS)
     for eqn in reversed(jaxpr.eqns):
         if eqn.primitive.name in names and not behind.isdisjoint(eqn.outvars):
             behind.update(reads(eqn))
@@ -84,7 +84,7 @@ def _stacked_along(jaxpr: Any) -> tuple[dict[Any, int], list[Any]]:
 
 def _has_stack(call: Any) -> bool:
     eqns = call.params["jaxpr"].jaxpr.eqns
-    if any(eqn.primitive.name in _STACKED for eqn in eqns):
+    if any(eqn.primitive.name in STACKED for eqn in eqns):
         return True
     return any(_has_stack(eqn) for eqn in eqns if eqn.primitive.name in CALLS)
 
@@ -125,7 +125,7 @@ def _one_by_one(closed: Any, leaves: Sequence[jax.Array], axes: dict[Any, int]) 
         v = eqn.outvars[0] if eqn.outvars else None
         if v in wanted and v in axes:
             last.append(eqn)
-            wanted.update(x for x in reads(eqn) if eqn.primitive.name not in _STACKED)
+            wanted.update(x for x in reads(eqn) if eqn.primitive.name not in STACKED)
     last.reverse()
     read = {x for eqn in last for x in reads(eqn)}
     (whole,) = pieces_of(jaxpr, [jaxpr.eqns], read)
@@ -138,7 +138,7 @@ def _one_by_one(closed: Any, leaves: Sequence[jax.Array], axes: dict[Any, int]) 
             found: dict[Any, jax.Array] = {}  # of task i
             for eqn in last:
                 axis = axes[eqn.outvars[0]]
-                if eqn.primitive.name in _STACKED:
+                if eqn.primitive.name in STACKED:
                     x = jnp.asarray(value_of(eqn.invars[i], values))
                     found[eqn.outvars[0]] = x if eqn.primitive.name == "stack" else x.squeeze(axis)
                     continue

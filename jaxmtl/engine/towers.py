@@ -28,7 +28,7 @@ from jaxmtl.engine.pieces import (
     reads,
 )
 from jaxmtl.engine.program import is_float, operations
-from jaxmtl.engine.spread import stacked_last
+from jaxmtl.engine.spread import STACKED, stacked_last
 
 
 @dataclasses.dataclass(eq=False)
@@ -148,7 +148,7 @@ def towers_of(closed: Any, leaves: Sequence[jax.Array]) -> Towers | None:
 
 def _are_stacked(last: Any, losses: Sequence[Any], made: Container[Any]) -> bool:
     """Tells whether an equation makes a vector of several computed scalars."""
-    if last.primitive.name not in ("stack", "concatenate"):
+    if last.primitive.name not in STACKED:
         return False
     if any(isinstance(v, jex.Literal) or v not in made for v in losses):
         return False
