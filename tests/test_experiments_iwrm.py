@@ -397,5 +397,35 @@ def test_times_of_every_rule_stand_beside_table_7():
         return row | {"time_ratio": 1.0, "flops_ratio": None}
 
     table = iwrm_report.make_time_table([record(name) for name in iwrm.METHODS])
-    assert len(table.rows) == 13
+    assert len(table.rows) == 15
     assert table.rows[-1][-1] == "4.04"  # 1.90 / 0.47
+
+
+def test_each_form_of_the_ridge_is_ranked_against_the_other_rules_alone(tmp_path):
+    """The paper has one UPGrad and one DualProj: other forms of them are no rivals."""
+    areas = {"upgrad_ridge": 0.8, "upgrad_ridge_largest": 0.7, "dual_proj_ridge_largest": 0.75}
+    areas |= {name: 0.1 for name in ("upgrad", "dual_proj", "dual_proj_ridge")}
+    areas |= {name: 0.9 for name in iwrm.METHODS if name not in areas}
+    append_records(
+        tmp_path / "mnist.jsonl", [record_of(n, s, a, a) for n, a in areas.items() for s in (1, 2)]
+    )
+    best = {c.claim: c for c in iwrm_report.claims(tmp_path) if c.claim.endswith("is the best")}
+    ours = {name: claim.ours.partition(" by area")[0] for name, claim in best.items()}
+    assert ours == {
+        "mnist: UPGrad with the paper's ridge is the best": "rank 1 of 11",
+        "mnist: UPGrad with a ridge of the trace is the best": "rank 2 of 11",
+    }
+
+
+@pytest.mark.parametrize(
+    ("areas", "end"),
+    [([0.9, 1.9], "(1.4000 ± 0.5000; mean 1.5000 ± 0.5000)."), ([0.6, 2.2], "undecided).")],
+)
+def test_the_conclusion_is_undecided_within_the_error_of_the_pairs(tmp_path, areas, end):
+    records = [record_of("mean", seed, a, a) for seed, a in enumerate([1.0, 2.0])]
+    records += [record_of("upgrad", seed, a, a) for seed, a in enumerate(areas)]
+    records += [record_of("pcgrad", seed, 3.0, 3.0) for seed in (0, 1)]
+    append_records(tmp_path / "mnist.jsonl", records)
+    found = iwrm_report.report(tmp_path, None).conclusion
+    assert "mnist: upgrad (" in found
+    assert found.endswith(end)

@@ -21,9 +21,11 @@ METHODS: dict[str, Method] = {
     "nash_mtl": LIBRARY["nash_mtl"].using(max_norm=1.0),
     "aligned_mtl": LIBRARY["aligned_mtl"],
     "upgrad": LIBRARY["upgrad"],
-    # The eleven above are as defined. These two have a ridge, as those of the paper's experiments:
-    # there 1e-4 of the Gramian's largest eigenvalue, here of its trace, as in TorchJD since 0.6.
+    # The eleven above are as defined. These have a ridge on the Gramian's diagonal: 1e-4 of its
+    # largest eigenvalue, as in the paper's experiments, or of its trace, as in TorchJD since 0.6.
     # Examples whose gradients are a hundredth of the others' then count for nothing.
+    "dual_proj_ridge_largest": LIBRARY["dual_proj"].using(ridge=1e-4, ridge_of="largest"),
+    "upgrad_ridge_largest": LIBRARY["upgrad"].using(ridge=1e-4, ridge_of="largest"),
     "dual_proj_ridge": LIBRARY["dual_proj"].using(ridge=1e-4),
     "upgrad_ridge": LIBRARY["upgrad"].using(ridge=1e-4),
 }

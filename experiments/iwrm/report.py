@@ -31,16 +31,23 @@ _SECONDS = {
 TABLE7 = {name: dict(zip(_RULES, row, strict=True)) for name, row in _SECONDS.items()}
 # Shown three at a time beside the mean and UPGrad, as the paper does for readability.
 PANELS = (
-    ("dual_proj", "dual_proj_ridge", "mgda"),
+    ("dual_proj", "dual_proj_ridge_largest", "dual_proj_ridge", "mgda"),
     ("pcgrad", "graddrop", "rgw", "cagrad"),
     ("imtl_g", "nash_mtl", "aligned_mtl"),
 )
-COLORS = {"mean": "black", "upgrad": "tab:pink", "upgrad_ridge": "tab:red"}
+COLORS = {
+    "mean": "black",
+    "upgrad": "tab:pink",
+    "upgrad_ridge_largest": "tab:brown",
+    "upgrad_ridge": "tab:red",
+}
 OTHERS = ("tab:blue", "tab:green", "tab:orange", "tab:purple")
-# With 1e-4 of the trace on the Gramian's diagonal (the code of the paper's time: of the largest
-# eigenvalue), else as they are defined.
-FORMS = {"upgrad_ridge": "UPGrad with a ridge of the trace", "upgrad": "UPGrad as defined"}
-EXACT = ("upgrad", "dual_proj")
+# With 1e-4 of the Gramian's largest eigenvalue on its diagonal, as the code of the paper's time has
+# it, or of its trace; else as they are defined.
+RIDGES = {"_ridge_largest": "the paper's ridge", "_ridge": "a ridge of the trace"}
+FORMS = {f"upgrad{end}": f"UPGrad with {ridge}" for end, ridge in RIDGES.items()} | {
+    "upgrad": "UPGrad as defined"
+}
 WORSE = {
     "rgw": "RGW's randomness costs training loss",
     "graddrop": "GradDrop's randomness costs training loss",
@@ -78,6 +85,11 @@ def final(best: Best, name: str) -> list[float]:
 def mean(values: Sequence[float]) -> float:
     """Returns the mean."""
     return mean_and_error(values)[0]
+
+
+def area(best: Best, name: str) -> float:
+    """Returns the area under the loss curve, averaged over seeds."""
+    return mean([r["area"] for r in best[name]])
 
 
 def compare(best: Best, first: str, second: str) -> tuple[str, list[bool]]:
@@ -161,20 +173,25 @@ def claims_of_dataset(setting: dict[str, Any], best: Best) -> Iterator[Claim]:
             text = f"{early:.2f} in the first half, {late:.2f} at the end"
             low = f"{form}: low cosine to the mean early, higher later"
             yield said(low, text, [late > early, len(best[name]) > 1])
-    if {"dual_proj_ridge", "mean", "upgrad_ridge"} <= set(best):
-        ours, lower = compare(best, "dual_proj_ridge", "mean")
-        _, less = compare(best, "upgrad_ridge", "dual_proj_ridge")
-        text = "DualProj with a ridge of the trace is better than the mean, less than UPGrad"
-        yield said(text, ours, [*lower, *less])
+    for end, ridge in RIDGES.items():
+        upgrad, dual_proj = f"upgrad{end}", f"dual_proj{end}"
+        if {dual_proj, "mean", upgrad} <= set(best):
+            ours, lower = compare(best, dual_proj, "mean")
+            _, less = compare(best, upgrad, dual_proj)
+            text = f"DualProj with {ridge} is better than the mean, less than UPGrad"
+            yield said(text, ours, [*lower, *less])
     if {"mgda", "mean"} <= set(best):
         text = "MGDA is worse than the mean (mean's loss against MGDA's)"
         yield said(text, *compare(best, "mean", "mgda"))
-    rivals = [name for name in best if name not in EXACT]
-    if len(rivals) >= 8 and "upgrad_ridge" in rivals:
-        order = sorted(rivals, key=lambda name: mean([r["area"] for r in best[name]]))
-        rank = order.index("upgrad_ridge") + 1
-        text = f"rank {rank} of {len(order)} by area (first: {', '.join(order[:3])})"
-        yield said("UPGrad with a ridge of the trace is the best", text, [rank == 1, rank <= 3])
+    for end, ridge in RIDGES.items():
+        upgrad, dual_proj = f"upgrad{end}", f"dual_proj{end}"
+        others = [name for name in best if not name.startswith(("upgrad", "dual_proj"))]
+        if len(others) >= 7 and upgrad in best:
+            rivals = [*others, upgrad, *({dual_proj} & set(best))]
+            order = sorted(rivals, key=lambda name: area(best, name))
+            rank = order.index(upgrad) + 1
+            text = f"rank {rank} of {len(order)} by area (first: {', '.join(order[:3])})"
+            yield said(f"UPGrad with {ridge} is the best", text, [rank == 1, rank <= 3])
     for name, worse in WORSE.items():
         if {name, "mean"} <= set(best):
             text = f"{worse} (mean's loss against its)"
@@ -277,7 +294,7 @@ def make_time_table(records: Sequence[Record]) -> Table:
     rows = []
     for r in records:
         paper = TABLE7[r["network"]]
-        theirs = paper[r["aggregator"].removesuffix("_ridge")] / paper["sgd"]
+        theirs = paper[r["aggregator"].partition("_ridge")[0]] / paper["sgd"]
         operations = "" if r["flops_ratio"] is None else f"{r['flops_ratio']:.3f}"
         cells = f"{r['seconds_per_epoch']:.2f}", f"{r['time_ratio']:.2f}", operations
         rows.append((r["network"], r["aggregator"], *cells, f"{theirs:.2f}"))
@@ -307,7 +324,7 @@ def draw(path: Path, panels: Sequence[tuple[str, Best, Sequence[str]]], title: s
         figure = Figure(figsize=(3.8 * len(panels), 6), layout="constrained")
         axes = figure.subplots(2, len(panels), sharex="col", sharey="row")
     for column, (header, best, names) in enumerate(panels):
-        for name in ("mean", *names, "upgrad", "upgrad_ridge"):
+        for name in ("mean", *names, *FORMS):
             if name not in best:
                 continue
             color = COLORS.get(name) or OTHERS[list(names).index(name) % len(OTHERS)]
@@ -323,7 +340,7 @@ def draw(path: Path, panels: Sequence[tuple[str, Best, Sequence[str]]], title: s
     axes[1, 0].set_ylabel("cosine to the mean gradient")
     for axis in axes.ravel():
         axis.grid(alpha=0.3, which="both")
-    note = "*_ridge: with 1e-4 of the trace on the Gramian's diagonal"
+    note = "*_ridge, *_ridge_largest: 1e-4 of trace, largest eigenvalue on the Gramian's diagonal"
     figure.suptitle(f"{title}\n{note}", fontsize=11)
     figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
 
@@ -337,7 +354,21 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
     figures = {
         f"{name}.png": partial(draw_part, name, part) for name, part in parts.items() if part
     }
-    return Report(tables + ([make_time_table(times)] if times else []), figures)
+    tables += [make_time_table(times)] if times else []
+    return Report(tables, figures, conclude([found for name in DATASETS for found in parts[name]]))
+
+
+def conclude(found: Sequence[tuple[dict[str, Any], Best]]) -> str:
+    """Returns, of every data set, the aggregator with the least area beside the mean."""
+    least = []
+    for setting, best in found:
+        if len(best) > 1 and "mean" in best:
+            first = min((name for name in best if name != "mean"), key=partial(area, best))
+            _, better = compare(best, first, "mean")
+            areas = (show([r["area"] for r in best[name]], digits=4) for name in (first, "mean"))
+            sure = "" if better[-1] else ", undecided"
+            least.append("{}: {} ({}; mean {}{})".format(setting["dataset"], first, *areas, sure))
+    return f"Least area under the loss curve, mean apart: {'; '.join(least)}." if least else ""
 
 
 def draw_part(name: str, part: Sequence[tuple[dict[str, Any], Best]], path: Path) -> None:

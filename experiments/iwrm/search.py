@@ -58,6 +58,8 @@ STARTS = {
     "nash_mtl": 10 ** (-4 / 3),
     "aligned_mtl": 10 ** (-1 / 3),
     "upgrad": 10 ** (-4 / 3),
+    "dual_proj_ridge_largest": 10 ** (-2 / 3),
+    "upgrad_ridge_largest": 10**-1.0,
     "dual_proj_ridge": 10 ** (-2 / 3),
     "upgrad_ridge": 10**-1.0,
 }
