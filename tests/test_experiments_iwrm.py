@@ -404,7 +404,7 @@ def test_times_of_every_rule_stand_beside_table_7():
 def test_each_form_of_the_ridge_is_ranked_against_the_other_rules_alone(tmp_path):
     """The paper has one UPGrad and one DualProj: other forms of them are no rivals."""
     areas = {"upgrad_ridge": 0.8, "upgrad_ridge_largest": 0.7, "dual_proj_ridge_largest": 0.75}
-    areas |= {name: 0.1 for name in ("upgrad", "dual_proj", "dual_proj_ridge")}
+    areas |= dict.fromkeys(("upgrad", "dual_proj", "dual_proj_ridge"), 0.1)
     areas |= {name: 0.9 for name in iwrm.METHODS if name not in areas}
     append_records(
         tmp_path / "mnist.jsonl", [record_of(n, s, a, a) for n, a in areas.items() for s in (1, 2)]

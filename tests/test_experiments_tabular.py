@@ -30,7 +30,7 @@ from experiments.tabular.methods import (  # noqa: E402
     swept_weights,
 )
 from experiments.tabular.networks import MixtureOfExperts, SharedBottom  # noqa: E402
-from experiments.tabular.report import beyond_front, drops, mean_ranks, tuned_of  # noqa: E402
+from experiments.tabular.report import beyond_front, conclude, drops, mean_ranks, tuned_of  # noqa: E402
 from experiments.tabular.train import area_under_curve, draw_order, relative_error  # noqa: E402
 from tests import methods as conformance  # noqa: E402
 from tests.problems import flat_rows  # noqa: E402
@@ -115,6 +115,21 @@ def test_claims_are_decided_by_the_records(smoke, tmp_path):
         (edited / "census.jsonl").write_text(lines)
         verdicts = {c.source: c.verdict for c in tabular.claims(edited)}
         assert verdicts["Ma 2018"] == verdict
+
+
+def test_the_conclusion_counts_what_gains_over_equal_weights():
+    def record(method, *errors):  # of five seeds, two tasks
+        return {"method": method, "setting": None, "test_rrmse": [[e, 2 * e] for e in errors]}
+
+    made = [
+        record("linear_scalarization", 1.0, 1.1, 0.9, 1.0, 1.05),
+        record("mgda", 0.9, 1.01, 0.8, 0.89, 0.96),  # by a tenth at every seed
+        record("cagrad", 0.9, 0.9, 0.9, 0.9, 1.0),  # by nearly a tenth, but not at each
+        record("upgrad", 1.0, 1.2, 0.9, 0.9, 1.05),
+    ]
+    results = {r["method"]: r for r in made}
+    sentence = conclude({"rf1, mlp": (results, made[0])})
+    assert sentence.endswith("rf1, mlp 2 of 3 (1).")
 
 
 def test_report_without_results_says_what_is_missing(tmp_path):

@@ -400,4 +400,15 @@ def report(folder: Path, args: argparse.Namespace) -> Report:
         mine = {k: v for k, v in found.items() if k.startswith(dataset)}
         if mine:
             figures[f"{dataset}.png"] = partial(draw, mine)
-    return Report([make_table(name, *setup) for name, setup in found.items()], figures)
+    tables = [make_table(name, *setup) for name, setup in found.items()]
+    return Report(tables, figures, conclude(found))
+
+
+def conclude(found: dict[str, tuple[Results, Record]]) -> str:
+    """Returns, of every set-up, how many rules gain over equal weights."""
+    rivals = {k: best_rival(*setup, setup[0]["linear_scalarization"]) for k, setup in found.items()}
+    counts = (f"{k} {r.beyond} of {r.rules} ({r.significant})" for k, r in rivals.items())
+    return (
+        "Rules better than equal weights by more than two standard errors, and in brackets those "
+        f"significant among all: {'; '.join(counts)}."
+    )
