@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from experiments.operations import count
-from jaxmtl import linear_scalarization
+from jaxmtl import linear_scalarization, scale_invariant
 from jaxmtl.engine import value_and_grad, value_and_gramian
 from tests.problems import flat_rows, indices, normal, some
 
@@ -386,6 +386,28 @@ def test_rules_without_a_gramian_cost_what_scalarization_costs(route):
     plain = flops(jax.value_and_grad(lambda p: jnp.mean(losses(p, *args))), params)
     step = value_and_grad(fun, mean, **options)
     assert flops(lambda p: step(p, mean.init(p), *args), params) <= 1.02 * plain
+
+
+@pytest.mark.parametrize("route", ["examples", "tasks"])
+@pytest.mark.parametrize("rule", [linear_scalarization, scale_invariant])
+def test_parameters_that_are_not_shared_cost_no_pass_of_their_own(route, rule):
+    """The layers are in a scan, of which the compiler would not merge two."""
+    params = {"trunk": normal(0, 4, 64, 64), "head": normal(1, 64, 10)}
+    x, y = normal(2, 256, 64), indices(3, 10, 256)
+
+    def loss(p, x, y):
+        z, _ = jax.lax.scan(lambda z, w: (z + jnp.tanh(z @ w), None), x, p["trunk"])
+        return -jax.nn.log_softmax(z @ p["head"])[y]
+
+    def losses(p, x, y):
+        return jax.vmap(loss, (None, 0, 0))(p, x, y)
+
+    shared = {"trunk": True, "head": False}
+    fun, axes = (loss, (None, 0, 0)) if route == "examples" else (losses, None)
+    step = value_and_grad(fun, rule(), in_axes=axes, shared=shared)
+    state = rule().init(params)
+    plain = flops(jax.value_and_grad(lambda p: jnp.mean(losses(p, x, y))), params)
+    assert flops(lambda p: step(p, state, x, y), params) <= 1.02 * plain
 
 
 @pytest.mark.slow

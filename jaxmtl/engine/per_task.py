@@ -6,6 +6,7 @@ time are pulled back and pushed forward again (`Linear`).
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,11 +64,15 @@ class Linear:
         (grads,) = pullback([cotangent.astype(self.losses.dtype)])
         return list(grads)
 
-    def pull(self, weights: jax.Array) -> list[jax.Array]:
-        """Returns ``J^T w``, one array per input."""
+    def pull(self, weights: jax.Array, wanted: Sequence[bool]) -> list[jax.Array]:
+        """Returns ``J^T w``, one array per wanted input."""
+
+        def row(cotangent: jax.Array) -> list[jax.Array]:
+            return list(itertools.compress(self.row(cotangent), wanted))
+
         if self.is_linear:
-            return self.row(weights)
-        return weighted_rows(self.row, self.losses, weights, self.chunk_size)
+            return row(weights)
+        return weighted_rows(row, self.losses, weights, self.chunk_size)
 
     def rows(self, first: jax.Array | int = 0, count: int | None = None) -> list[jax.Array]:
         """Returns rows of J, one array ``(count, *shape)`` per input; the last again at the end."""
@@ -409,12 +414,14 @@ class PerTask(Tasks):
             )
             as_gradients = Pull(treedef, shared, one)
         else:
-            linear, aux = of_leaves(shared)
-            super().__init__(linear, aux)
-            residual = {"shared": linear}
-            if not all(shared):
-                residual["heads"], _ = of_leaves([not flag for flag in shared])
-            one = functools.partial(_pull, shared)
+            # Where no rows are compared, one forward pass serves all parameters.
+            parts = [(True,) * len(leaves)]
+            if needs_gramian and not all(shared):
+                parts = [shared, tuple(not flag for flag in shared)]
+            found = [of_leaves(part) for part in parts]
+            super().__init__(*found[0])
+            residual = [linear for linear, _ in found]
+            one = functools.partial(_pull, parts)
             as_gradients = Pull(treedef, shared, one, needs_gramian)
         self.pullback = jax.tree_util.Partial(as_gradients, residual)
 
@@ -490,10 +497,18 @@ def _pull_layers(
 
 
 def _pull(
-    shared: tuple[bool, ...],
-    residual: dict[str, Linear],
+    parts: Sequence[Sequence[bool]],
+    residual: Sequence[Linear],
     weights: jax.Array,
-    wanted: tuple[bool, ...],
+    wanted: Sequence[bool],
 ) -> list[Any]:
-    found = iter(residual["shared" if wanted == shared else "heads"].pull(weights))
-    return [next(found) if flag else None for flag in wanted]
+    """Returns ``J^T w`` for the wanted leaves, each linearised in one of the parts."""
+    grads: list[Any] = [None] * len(wanted)
+    for part, linear in zip(parts, residual, strict=True):
+        leaves = [i for i, flag in enumerate(part) if flag]
+        flags = [wanted[i] for i in leaves]
+        if any(flags):
+            found = linear.pull(weights, flags)
+            for i, grad in zip(itertools.compress(leaves, flags), found, strict=True):
+                grads[i] = grad
+    return grads

@@ -122,15 +122,15 @@ class Pull:
         self, residual: Any, weights: jax.Array, head_weights: jax.Array | None
     ) -> list[tuple[jax.Array, Power]]:
         weights = jnp.asarray(weights)
+        if head_weights is None:
+            head_weights = jnp.ones_like(weights)
+        if all(self.shared) or head_weights is weights:
+            return self._scaled(residual, weights, (True,) * len(self.shared))
         pulled = self._scaled(residual, weights, self.shared)
-        if not all(self.shared):
-            if head_weights is None:
-                head_weights = jnp.ones_like(weights)
-            heads = tuple(not flag for flag in self.shared)
-            of_heads = self._scaled(residual, jnp.asarray(head_weights), heads)
-            pairs = zip(pulled, of_heads, self.shared, strict=True)
-            pulled = [grad if flag else head for grad, head, flag in pairs]
-        return pulled
+        heads = tuple(not flag for flag in self.shared)
+        of_heads = self._scaled(residual, jnp.asarray(head_weights), heads)
+        pairs = zip(pulled, of_heads, self.shared, strict=True)
+        return [grad if flag else head for grad, head, flag in pairs]
 
     def _scaled(
         self, residual: Any, weights: jax.Array, wanted: Sequence[bool]
