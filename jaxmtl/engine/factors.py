@@ -121,8 +121,43 @@ class Outer:
     choice: jax.Array | None = None
 
 
+def every(x: jax.Array, blocks: int, k: jax.Array | int) -> jax.Array:
+    """Returns every ``blocks``-th entry from the k-th on: of each device's, if they are split."""
+    some = x.reshape(-1, blocks, *x.shape[1:])
+    return lax.dynamic_index_in_dim(some, k, axis=1, keepdims=False)
+
+
 def inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Array:
-    """Returns ``<grad_i, grad'_j>`` of two uses of one parameter, ``(examples, examples')``."""
+    """Returns ``<grad_i, grad'_j>`` of two uses of one parameter, ``(examples, examples')``.
+
+    Tables of all positions are made for some examples i at a time, so that they take no more memory
+    than the factors.
+    """
+    blocks = _num_blocks_of_examples(a, b)
+    if blocks == 1:
+        return _inner_products(a, b, pairing, dtype)
+
+    def lines(k: jax.Array) -> jax.Array:
+        some = jax.tree.map(lambda x: every(x, blocks, k), a)
+        return _inner_products(some, b, pairing, dtype)
+
+    found = lax.map(lines, jnp.arange(blocks))  # (blocks, examples of a block, examples')
+    return jnp.swapaxes(found, 0, 1).reshape(-1, found.shape[2])
+
+
+def _num_blocks_of_examples(a: Outer, b: Outer) -> int:
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return 1
+    n, of_b = (math.prod(o.y.array.shape[: o.y.array.ndim - o.y.num_own]) for o in (a, b))
+    shared = math.prod(b.y.array.shape[1 : 1 + b.y.num_shared])
+    tables = 2 * n * of_b // max(shared, 1)
+    known = sum(f.array.size for f in (a.x, a.y, b.x, b.y)) // (2 if a is b else 1)
+    m, k = a.y.array.shape[0], b.y.array.shape[0]
+    counts = (c for c in range(1, m + 1) if m % c == 0)
+    return next((c for c in counts if tables // c <= max(known, 2 * m * k)), max(m, 1))
+
+
+def _inner_products(a: Outer, b: Outer, pairing: str, dtype: jnp.dtype) -> jax.Array:
     x, y = (b.x, b.y) if pairing == "straight" else (b.y, b.x)
     table = contract(a.x, x, dtype) * contract(a.y, y, dtype)
     num_shared = a.x.num_shared

@@ -62,12 +62,12 @@ class Pass:
         return execute.shared_env(self.plan.program, self.leaves, self.constants)
 
     def rows(self) -> dict[int, Rows]:
-        """Returns the rows of all groups that are not structured, by position of the group."""
+        """Returns the rows of all groups that form them whole, by position of the group."""
         plan = self.plan
         return {
             i: self.group_rows(group)
             for i, group in enumerate(plan.groups)
-            if group.method != "factors" and plan.counts(group) and not group.steps
+            if group.method != "factors" and plan.counts(group) and not _is_cut(group)
         }
 
     def group_rows(self, group: Group) -> Rows:
@@ -85,6 +85,83 @@ class Pass:
 
         found = jax.vmap(to_leaves)(list(totals.values()))
         return dict(zip(group.leaves, found, strict=True))
+
+    def block_rows(self, group: Group, k: jax.Array | int) -> list[jax.Array]:
+        """Returns the rows that count of one block of examples: k, k + blocks, and so on."""
+
+        def cut(x: jax.Array) -> jax.Array:
+            return factors.every(x, group.blocks, k)
+
+        of_uses = {use.index for use in group.uses}
+        some = dataclasses.replace(
+            self,
+            residuals=[
+                tuple(map(cut, arrays)) if i in of_uses else arrays
+                for i, arrays in enumerate(self.residuals)
+            ],
+            cotangents=[
+                list(map(cut, arrays)) if i in of_uses else arrays
+                for i, arrays in enumerate(self.cotangents)
+            ],
+        )
+        rows = some.group_rows(group).items()
+        return [x for leaf, x in rows if leaf == _OF_VALUE or self.plan.in_gramian[leaf]]
+
+    def of_blocks(
+        self, group: Group, function: Callable[[list[jax.Array], jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Returns ``(examples,)`` values of a function of the rows of a block, and its number."""
+        found = jax.lax.map(
+            lambda k: function(self.block_rows(group, k), k), jnp.arange(group.blocks)
+        )
+        return found.T.reshape(-1)
+
+    def products_of_blocks(
+        self,
+        other: "Pass",
+        groups: tuple[Group, Group],
+        scaled: Callable[[jax.Array, jax.Array], jax.Array],
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        """Returns the inner products of rows, of which two blocks exist at a time.
+
+        Args:
+          other: Another pass, or the same.
+          groups: The group in the plans of both.
+          scaled: ``(rows of a block, its number) ->`` these in another scale.
+          dtype: In what to accumulate.
+        """
+        group, of_other = groups
+
+        def rows_of(done: "Pass", group: Group, k: jax.Array | int) -> list[jax.Array]:
+            return [scaled(x, jnp.asarray(k)) for x in done.block_rows(group, k)]
+
+        def step(held: list[jax.Array], pair: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+            def again() -> list[jax.Array]:
+                return rows_of(self, group, pair[0])
+
+            rows = rows_of(other, of_other, pair[1])
+            if self is other:
+                held = [
+                    jnp.where(pair[0] == pair[1], x, y) for x, y in zip(rows, held, strict=True)
+                ]
+            else:
+                held = jax.lax.cond(pair[1] == 0, again, lambda: held)
+            products = (linalg.row_products(*z, dtype) for z in zip(held, rows, strict=True))
+            return held, sum(products, jnp.zeros((), dtype))
+
+        left, right = group.blocks, of_other.blocks
+        order = [
+            (i, j) for i in range(left) for j in ((i, *range(i)) if self is other else range(right))
+        ]
+        pairs = jnp.asarray(order)
+        start = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: rows_of(self, group, 0)))
+        _, found = jax.lax.scan(step, start, pairs)
+        table = jnp.zeros((left, right, *found.shape[1:]), dtype)
+        table = table.at[pairs[:, 0], pairs[:, 1]].set(found)
+        if self is other:
+            table = table.at[pairs[:, 1], pairs[:, 0]].set(found.transpose(0, 2, 1))
+        return table.transpose(2, 0, 3, 1).reshape(left * found.shape[1], -1)
 
     def sum_over_steps(
         self,
@@ -353,6 +430,17 @@ def _forward_backward(
     return losses, jax.tree.unflatten(jax.tree.structure(aux_shapes), aux), done
 
 
+def _by_rows(a: Group, b: Group) -> tuple[Group, Group]:
+    """Returns a group in two plans, structured in one of them, with the rows of the other."""
+    (method,) = {a.method, b.method} - {"factors"}
+    return dataclasses.replace(a, method=method), dataclasses.replace(b, method=method)
+
+
+def _is_cut(group: Group) -> bool:
+    """Tells whether the rows of a group are never all there."""
+    return group.steps > 0 or group.blocks > 1
+
+
 class PerExample:
     """One objective, or several, per example; see `Route`."""
 
@@ -425,6 +513,19 @@ class PerExample:
             if group.steps:
                 total = done.sum_over_steps(done, i, lambda x, _: squares(x), total)
                 continue
+            if group.blocks > 1:
+
+                def of_block(rows: list[jax.Array], k: jax.Array, group: Group = group) -> Any:
+                    some = -factors.every(exponent, group.blocks, k)
+                    return sum(
+                        jnp.sum(
+                            jnp.square(linalg.scale_rows(x, some, dtype)), axis=range(1, x.ndim)
+                        )
+                        for x in rows
+                    )
+
+                total = total + done.of_blocks(group, of_block)
+                continue
             for leaf, rows in self._rows()[i].items():
                 if leaf == _OF_VALUE or done.plan.in_gramian[leaf]:
                     total = total + squares(rows)
@@ -442,7 +543,17 @@ class PerExample:
         used = [done.cotangents[use.index] for group in done.plan.groups for use in group.uses]
         m = self.losses.shape[0]
         own = [x.reshape(m, *x.shape[2:]) for x in done.own]
-        return linalg.row_exponents([used, self._rows(), own], m, self._dtype())
+
+        def largest(rows: list[jax.Array], _: jax.Array) -> jax.Array:
+            found = [jnp.max(jnp.abs(x), axis=range(1, x.ndim)) for x in rows]
+            return functools.reduce(jnp.maximum, found)
+
+        cut = [
+            done.of_blocks(group, largest)
+            for group in done.plan.groups
+            if group.blocks > 1 and done.plan.counts(group)
+        ]
+        return linalg.row_exponents([used, self._rows(), own, cut], m, self._dtype())
 
     def cross(self, other: "PerExample") -> jax.Array:
         """Returns the inner products with the gradients of another batch."""
@@ -464,14 +575,26 @@ class PerExample:
         for i, group in enumerate(a.plan.groups):
             if not a.plan.counts(group):
                 continue
-            if group.method == "factors":
+            # Two passes have two programs of equal structure.
+            both = group, b.plan.groups[i]
+            if group.method == both[1].method == "factors":
                 mine = a.pieces(group, scaled, dtype)
-                # Two passes have two programs of equal structure.
-                others = mine if a is b else b.pieces(b.plan.groups[i], scaled, dtype)
+                others = mine if a is b else b.pieces(both[1], scaled, dtype)
                 total = total + mine.table(others, group, dtype)
                 continue
-            if group.steps:
+            differ = group.method != both[1].method  # what is cheaper depends on how many there are
+            if group.steps and not differ:
                 total = a.sum_over_steps(b, i, products, total)
+                continue
+            if differ or max(g.blocks for g in both) > 1:
+                both = _by_rows(*both) if differ else both
+
+                def of_block(rows: jax.Array, k: jax.Array, group: Group = group) -> jax.Array:
+                    if exponent is None:
+                        return rows
+                    return linalg.scale_rows(rows, factors.every(exponent, group.blocks, k), dtype)
+
+                total = total + a.products_of_blocks(b, both, of_block, dtype)
                 continue
             for leaf, rows in self._rows()[i].items():
                 if leaf != _OF_VALUE and not a.plan.in_gramian[leaf]:

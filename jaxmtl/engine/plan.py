@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxmtl.engine import paths
@@ -26,6 +27,11 @@ MEMORY_COST = 6
 _KEEP_ROWS = 4
 _KEEP_ROWS_OF_MANY = 16
 _MANY_POSITIONS = 4
+# Rows that are not kept are formed for blocks of examples where all take more bytes than this, two
+# blocks at a time. A row is then formed several times, by an operation on each entry at each
+# position: with blocks of eight times the positions this is little beside the products.
+_MOST_BYTES = 2**24
+_FEWEST_EXAMPLES = 8
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,6 +58,7 @@ class Group:
       roots: For rows that are formed some steps of a scan at a time, the arrays of one entry per
         step behind its values, and those that stand beside them.
       steps: How many steps at a time; 0 for all.
+      blocks: In how many blocks of examples rows are formed, two of which exist at a time.
       chunk_size: For tasks on one batch, how many rows exist at a time, which are pushed forward
         again; 0 where all rows are compared.
     """
@@ -70,6 +77,7 @@ class Group:
     memory: int = 0
     roots: tuple[Value, ...] = ()
     steps: int = 0
+    blocks: int = 1
     chunk_size: int = 0
 
 
@@ -100,6 +108,7 @@ def make_plan(
         _choose(group, views, (num_examples, diagonal), leaf_size, in_gramian)
         if any(in_gramian[leaf] for leaf in group.leaves):
             _cut(group)
+            _block(group, program, num_examples)
             _measure(group, program, num_examples, diagonal)
         else:
             group.keep = False
@@ -118,6 +127,34 @@ def _cut(group: Group) -> None:
     group.roots = tuple(found)
     group.steps = max(c for c in range(1, length + 1) if length % c == 0 and c <= most)
     group.reason += f"; {group.steps} of {length} steps at a time"
+
+
+def _block(group: Group, program: Program, n: int) -> None:
+    """Lets rows that are not kept be formed for blocks of examples, if all take much memory."""
+    if group.keep or group.method == "factors" or group.steps:
+        return
+    if jax.sharding.get_abstract_mesh().size > 1:  # Devices hold rows of their own examples.
+        return
+    row = _row_bytes(group, program)
+    known = [(use, factors_of(use)) for use in group.uses]
+    positions = max(_MANY_POSITIONS if x is None else paths.num_positions(u, x) for u, x in known)
+    most = max(_MOST_BYTES // max(2 * row, 1), _FEWEST_EXAMPLES * positions)
+    if n * row > _MOST_BYTES:
+        group.blocks = n // max(b for b in range(1, n + 1) if n % b == 0 and b <= most)
+    if group.blocks > 1:
+        group.reason += f"; {n // group.blocks} of {n} examples at a time"
+
+
+def _row_bytes(group: Group, program: Program) -> int:
+    """Returns the bytes of the rows of an example."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in _row_avals(group, program))
+
+
+def _row_avals(group: Group, program: Program) -> list[Any]:
+    """Returns what the rows of a group that is not structured are like."""
+    if group.method == "rows":
+        return [group.values[0].aval]
+    return [program.leaves[leaf].aval for leaf in group.leaves]
 
 
 def _roots(group: Group) -> list[Value] | None:
@@ -341,26 +378,38 @@ def _of_pair(a: Part, b: Part, products: int) -> tuple[int, int]:
     return entries, 2 * entries * width
 
 
+def _entries(part: Part) -> int:
+    """Returns the entries of both factors of an example."""
+
+    def size(axes: Sequence[int]) -> int:
+        return math.prod(part.value.shape[axis] for axis in axes)
+
+    left, right = map(size, part.layout.own)
+    left = 1 if part.factors.lookup is not None else left
+    return part.num_positions() * size(part.layout.shared) * (left + right)
+
+
 def _measure(group: Group, program: Program, n: int, diagonal: bool) -> None:
     """Notes the operations and the memory of a group's part of the Gramian."""
     products = n if diagonal else n * n
     if group.method == "factors":
-        found = [_of_pair(group.parts[i], group.parts[j], products) for i, j in group.pairings]
+        pairs = [(group.parts[i], group.parts[j]) for i, j in group.pairings]
+        found = [_of_pair(a, b, products) for a, b in pairs]
         bits = max(jnp.finfo(program.leaves[leaf].aval.dtype).bits for leaf in group.leaves)
         group.operations = sum(operations for _, operations in found)
         if group.small is not None:
             group.operations += group.small.operations(group.parts, n, products)
-        group.memory = 2 * max((n for n, _ in found), default=0) * max(bits, 32) // 8
+        tables = [2 * entries for entries, _ in found]
+        if not diagonal:  # These are made for some examples at a time: see `factors`.
+            sizes = [n * (_entries(a) + (0 if a is b else _entries(b))) for a, b in pairs]
+            tables = [min(t, max(s, 2 * products)) for t, s in zip(tables, sizes, strict=True)]
+        group.memory = max(tables, default=0) * max(bits, 32) // 8
         return
-    rows = [v.aval for v in (program.leaves[leaf] for leaf in group.leaves)]
-    sizes = [math.prod(aval.shape) for aval in rows]
-    if group.method == "rows":
-        sizes, rows = [math.prod(group.values[0].shape)], [group.values[0].aval]
+    rows = _row_avals(group, program)
     num_chunks = group.uses[0].loops[0].length // group.steps if group.steps else 1
-    group.operations = 2 * products * sum(sizes)
-    group.memory = sum(
-        n * size * aval.dtype.itemsize // num_chunks for size, aval in zip(sizes, rows, strict=True)
-    )
+    rows_at_once = 2 * n // group.blocks if group.blocks > 1 else n
+    group.operations = 2 * products * sum(math.prod(aval.shape) for aval in rows)
+    group.memory = rows_at_once * _row_bytes(group, program) // num_chunks
 
 
 def _size(group: Group) -> str:
