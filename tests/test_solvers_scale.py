@@ -86,6 +86,18 @@ def test_results_do_not_depend_on_the_chunk(kind, x64):
         np.testing.assert_allclose(whole.value, solve(matrix, -matrix).value, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["square", "rank_deficient"])
+def test_results_of_the_default_solver_do_not_depend_on_the_chunk(kind, x64):
+    """With the steps that it takes by itself: the solutions, or their images where many are."""
+    matrix = jnp.asarray(unit_gramian(40, kind))
+    whole = solve(matrix, -matrix)
+    for chunk_size in (1, 7, 32):
+        parts = solve(matrix, -matrix, chunk_size=chunk_size)
+        np.testing.assert_allclose(parts.value @ matrix, whole.value @ matrix, rtol=0, atol=1e-12)
+        if kind == "square":
+            np.testing.assert_allclose(parts.value, whole.value, rtol=0, atol=1e-11)
+
+
 def test_right_hand_sides_beyond_a_block_are_solved_alike(x64):
     """Columns are padded to whole blocks: 40 of 96 are solved as among all."""
     matrix = jnp.asarray(unit_gramian(96, "wide"))
