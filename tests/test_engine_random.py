@@ -48,7 +48,43 @@ def _stack(h, w, v):
     return lax.scan(layer, h, jnp.stack([w, v.T, w]))[0]
 
 
+def _transposed(h, kernel):
+    """A transposed convolution: zeros between the inputs."""
+    out = lax.conv_general_dilated(
+        h[None, :, None],
+        kernel,
+        (1, 1),
+        [(1, 1), (0, 0)],
+        lhs_dilation=(2, 1),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )[0, :, 0]
+    return jnp.resize(out, (T, D))
+
+
+@jax.custom_vjp
+def _rounded(h, w):
+    return h @ jnp.round(8 * w) / 8
+
+
+_rounded.defvjp(
+    lambda h, w: (_rounded(h, w), (h, w)), lambda known, g: (g @ known[1].T, known[0].T @ g)
+)
+
+
+def _one_of(h, *branches):
+    return lax.switch(jnp.argmax(h[0]) % len(branches), branches)
+
+
+KERNEL = {
+    "transposed": _transposed,
+    "in a scan": lambda h, k: lax.scan(
+        lambda h, _: (jnp.tanh(_conv(h, k, 1, 1, 1)), None), h, None, length=2
+    )[0],
+}
 MATRIX = {
+    "custom": _rounded,
+    "expert": lambda h, w: h @ jnp.stack([w, 2 * w.T])[jnp.argmax(h[0]) % 2],
+    "switch": lambda h, w: _one_of(h, lambda: h @ w, lambda: jnp.sin(h), lambda: h @ w.T),
     "dense": lambda h, w: h @ w,
     "transposed": lambda h, w: h @ w.T,
     "left": lambda h, w: jnp.tanh(w[:T, :T] @ h),
@@ -112,6 +148,7 @@ def step():
             st.integers(1, 2),
             st.integers(1, 2),
         ),
+        st.tuples(st.just("kernel"), st.sampled_from(sorted(KERNEL)), kernel),
         st.tuples(st.just("lookup"), st.booleans()),
         st.tuples(st.just("both"), st.sampled_from(sorted(BOTH)), matrix, vector),
         st.tuples(st.just("scan"), matrix, vector),
@@ -133,6 +170,8 @@ def make_network(steps):
                 h = SCALAR[choice[0]](h)
             elif kind == "conv":
                 h = _conv(h, params[f"kernel{choice[0]}"], *choice[1:])
+            elif kind == "kernel":
+                h = KERNEL[choice[0]](h, params[f"kernel{choice[1]}"])
             elif kind == "lookup":
                 table = params["table0"]
                 h = h + (table[index] if choice[0] else (h @ table.T)[:, :D])
