@@ -2,13 +2,15 @@
 
     python -m experiments.benchmarks.accelerator --out experiments/results/accelerator.jsonl
 
-Five parts, each with records that name the device:
+Parts, each with records that name the device:
 
 * *solvers*: UPGrad's weights for 2 to 512 tasks, in one compiled scan over Gramians of Gaussian
   rows, in float32 and float64; milliseconds, and the largest residual in units of the machine
   epsilon.
 * *examples*: a whole step with one objective per example, UPGrad, DualProj and MGDA beside SGD, on
   the MLP 784-512x3-10 at batches of 32 to 1,024.
+* *digits*, if ``--data-dir`` is given: the same on MNIST, at the start and trained, where the
+  weights are harder to find than on random inputs.
 * *tasks*: a whole step of every route with 8 tasks on one batch, beside a gradient step
   (networks and routes of ``experiments.benchmarks.prices``).
 * *precision*: the Gramian of the MLP and of a convolutional network in float32 beside float64, as
@@ -23,6 +25,7 @@ The steps of a part take turns in one run. ``--smoke`` takes the smallest sizes 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ import jaxmtl
 from experiments.benchmarks import prices
 from experiments.benchmarks.models import MODELS
 from experiments.benchmarks.solvers import gramians
+from experiments.images import load_tfds_images
 from experiments.iwrm.networks import ARCHITECTURES
 from experiments.iwrm.timing import time_network
 from experiments.study import Record, Table, append_records, environment
@@ -80,22 +84,46 @@ def examples(smoke: bool) -> Iterator[Record]:
     """Yields steps with one objective per example beside SGD, by batch size."""
     model = MODELS["mlp"]()
     for n in (8,) if smoke else (32, 128, 256, 512, 1024):
-        batch = model.batch(n)
-        programs = {
-            "sgd": compiled(make_step(model.loss, None, in_axes=AXES), model.params, (), *batch)
+        for record in _steps(model.loss, model.params, model.batch(n), smoke):
+            yield {"batch": n} | record
+
+
+def digits(data_dir: str, smoke: bool) -> Iterator[Record]:
+    """Yields the same on MNIST's digits, at the start and after 1,000 steps of SGD."""
+    model = MODELS["mlp"]()
+    images, labels = load_tfds_images("mnist", "train", data_dir=data_dir)
+    flat = images.reshape(len(images), -1).astype(np.float32) / 255
+    x, y = jnp.asarray((flat - flat.mean()) / flat.std()), jnp.asarray(labels)
+    order = jnp.asarray(np.random.default_rng(0).permutation(len(y)))
+
+    def descended(params: Any, index: jax.Array) -> tuple[Any, None]:
+        def mean_loss(params: Any) -> jax.Array:
+            return jnp.mean(jax.vmap(model.loss, AXES)(params, x[index], y[index]))
+
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(mean_loss)(params)), None
+
+    batches = order[: 32 * (2 if smoke else 1000)].reshape(-1, 32)
+    trained = jax.jit(lambda p: jax.lax.scan(descended, p, batches)[0])(model.params)
+    for n in (8,) if smoke else (32, 128, 256, 512, 1024):
+        for at, params in (("start", model.params), ("trained", trained)):
+            some = order[-n:]  # not trained on
+            for record in _steps(model.loss, params, (x[some], y[some]), smoke):
+                yield {"batch": n, "at": at} | record
+
+
+def _steps(loss: Any, params: Any, batch: Any, smoke: bool) -> Iterator[Record]:
+    programs = {"sgd": compiled(make_step(loss, None, in_axes=AXES), params, (), *batch)}
+    for name, make in RULES.items():
+        step = make_step(loss, make(), in_axes=AXES)
+        programs[name] = compiled(step, params, make().init(params), *batch)
+    times = interleaved({k: p.run for k, p in programs.items()}, 2 if smoke else 20, 3.0)
+    for name, program in programs.items():
+        yield {
+            "step": name,
+            "milliseconds": float(f"{1e3 * min(times[name]):.4g}"),
+            "time_ratio": float(f"{median_ratio(times[name], times['sgd']):.4g}"),
+            "temporary_megabytes": program.bytes and round(program.bytes / 1e6, 2),
         }
-        for name, make in RULES.items():
-            step = make_step(model.loss, make(), in_axes=AXES)
-            programs[name] = compiled(step, model.params, make().init(model.params), *batch)
-        times = interleaved({k: p.run for k, p in programs.items()}, 2 if smoke else 20, 3.0)
-        for name, program in programs.items():
-            yield {
-                "batch": n,
-                "step": name,
-                "milliseconds": float(f"{1e3 * min(times[name]):.4g}"),
-                "time_ratio": float(f"{median_ratio(times[name], times['sgd']):.4g}"),
-                "temporary_megabytes": program.bytes and round(program.bytes / 1e6, 2),
-            }
 
 
 def tasks(smoke: bool) -> Iterator[Record]:
@@ -166,16 +194,22 @@ PARTS: dict[str, Callable[[bool], Iterator[Record]]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the parts and prints a table of each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "digits"])
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, once")
     parser.add_argument("--out", type=Path, help="append JSON lines here")
+    parser.add_argument("--data-dir", help="TFDS folder with MNIST: adds the part digits")
     options = parser.parse_args(arguments)
+    if "digits" in (options.parts or ()) and not options.data_dir:
+        parser.error("expected --data-dir, a TFDS folder with MNIST, with --parts digits; pass it")
+    parts = dict(PARTS)
+    if options.data_dir:
+        parts["digits"] = partial(digits, options.data_dir)
     console, device = Console(width=130), environment()["device"]
     console.print(f"device: {device}")
-    for part in options.parts:
+    for part in options.parts or parts:
         began, records = time.perf_counter(), []
         with jax.enable_x64(part == "solvers"):
-            for record in PARTS[part](options.smoke):
+            for record in parts[part](options.smoke):
                 records.append(record)
                 if options.out is not None:
                     append_records(options.out, [{"part": part} | record | environment()])

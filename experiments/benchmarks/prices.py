@@ -12,6 +12,8 @@ once. Memory is the compiler's. Neither depends on how busy the machine is. The 
 * *losses*: a rule that reads the losses alone.
 * *Jacobian*: UPGrad behind ``value_and_jacobian``.
 * *no Jacobian*: UPGrad by ``value_and_grad``.
+* *chunks*: the same with ``chunk_size=1``, one gradient at a time.
+* *heads apart*: the same with ``shared=``: the heads are left out of the Gramian.
 * *encoder*: UPGrad on the gradients of the encoder's output.
 * *separate*: UPGrad on a batch of its own per task, of the same size; divided by the m gradients
   of m batches.
@@ -187,6 +189,8 @@ def steps(kind: Kind, m: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, 
         "losses": (by(jaxmtl.scale_invariant()), args, 1),
         "Jacobian": (with_jacobian, args, 1),
         "no Jacobian": (by(jaxmtl.upgrad()), args, 1),
+        "chunks": (by(jaxmtl.upgrad(), chunk_size=1), args, 1),
+        "heads apart": (by(jaxmtl.upgrad(), shared={"encoder": True, "heads": False}), args, 1),
         "encoder": (by(jaxmtl.upgrad(), of_features, encoder=encode), args, 1),
         "separate": (
             by(jaxmtl.upgrad(), losses),
