@@ -70,6 +70,6 @@ def test_a_verdict_is_judged():
     judged = [judge(x) for x in ([True, True], [True, False], [False])]
     assert [*judged, NO_DATA] == list(VERDICTS)
     with pytest.raises(ValueError, match="expected a verdict of"):
-        report.claims_table([Claim("a", "b", "", "c", "surely")])
-    row = report.claims_table([Claim("|x| shrinks", "eq.\n1", "", "1", "not")])[-1]
-    assert row == r"| \|x\| shrinks | eq. 1 |  | 1 | not |"
+        report.claims_table([Claim("a", "b", "", "c", "", "surely")])
+    row = report.claims_table([Claim("|x| shrinks", "eq.\n1", "", "1", "1 seed", "not")])[-1]
+    assert row == r"| \|x\| shrinks | eq. 1 |  | 1 | 1 seed | not |"
