@@ -291,7 +291,7 @@ MOCO_DIFFERS = (
     "Adam, noise of deviation 1, the rate's decay and the exact lambda as in the authors' code; "
     "10 seeds; float64"
 )
-ALIGNED_DIFFERS = "float64 (their code: float32, of which the first claim has both)"
+ALIGNED_DIFFERS = "float64; the first claim in float32, that of their code, too"
 LDC_DIFFERS = "lambda = 1 and tau = 1, which are not stated; seven starts in place of five; float64"
 _RIVALS = ("mgda", "moco", "smg", "pcgrad", "cagrad")
 _FORMS = ("aligned_mtl", "aligned_mtl_weighted_losses")
