@@ -1212,6 +1212,10 @@ def test_delta_m_orders_and_verdicts_are_worked_out_by_hand(tmp_path):
     for c in made.values():
         if c.verdict == NO_DATA:
             assert "python -m experiments.scenes --dataset" in c.ours
+            command = c.ours.partition("`")[2].removesuffix("`").split("; ")[-1]
+            arguments = command.removeprefix("python -m experiments.scenes ").split()
+            (part,) = main.plan(main.study.parse(arguments))  # its options fit together
+            assert "scenes --dataset " + part.name.replace("_", " --network ") in command
     three = made["Cityscapes, 3 tasks, pspnet: aligned_mtl_ub has the lowest delta_m"]
     assert "--dataset cityscapes3 --network pspnet --data-dir DIR --weights FILE" in three.ours
     assert "--epochs 100 --seeds 3" in three.ours

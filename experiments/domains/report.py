@@ -63,7 +63,10 @@ class Found(NamedTuple):
 
 
 # From LibMTL, by which the paper's table was made.
-DIFFERS = "GradDrop on gradients of parameters, not of features; PCGrad's orders, MGDA exact"
+DIFFERS = (
+    "GradDrop on gradients of parameters, not of features; PCGrad draws an order for each task; "
+    "MGDA is exact; running variances without Bessel's correction"
+)
 
 
 def drop(row: np.ndarray, base: np.ndarray) -> float:

@@ -503,7 +503,10 @@ def claims_of_variants(folder: Path) -> Iterator[Claim]:
 
 # The recipe of table 2; FAMO's authors have another, which the command line of ``faces`` shows.
 RECIPE = {"width": 64, "batch_size": 256, "epochs": 15, "learning_rate": 1e-3}
-CODE_DIFFERS = "the last batch of an epoch, which is not full, left out; Nash-MTL exact"
+CODE_DIFFERS = (
+    "the last batch of an epoch, which is not full, left out; running variances without Bessel's "
+    "correction; PCGrad draws an order for each task, Nash-MTL is exact"
+)
 
 
 def differs_of_times(times: Times) -> str:

@@ -366,6 +366,7 @@ def differs_of(
     if dataset == "cityscapes3":
         told.append("the rate is halved after half the epochs (no schedule is stated)")
     told += [text for name, text in CODE_DIFFERS.items() if name in methods]
+    told.append("running variances without Bessel's correction")
     return "; ".join(filter(None, told))
 
 
