@@ -13,10 +13,11 @@ class Claim(NamedTuple):
     source: str  # paper and table, figure or theorem
     paper: str  # its number; "" where it gives none
     ours: str  # the same quantity here, mean ± standard error
+    differs: str  # here from the paper's set-up: data, sizes, epochs, seeds; "" where nothing does
     verdict: str  # one of VERDICTS, decided by the records and not by hand
 
 
-NO_DATA = "no data"  # what it takes is not at hand; ``ours`` is the command that would
+NO_DATA = "no data"  # no record can decide it yet; ``ours`` is the command that would
 VERDICTS = ("reproduced", "partly", "not", NO_DATA)
 
 
@@ -53,13 +54,43 @@ def listed(
     return separator.join(f"{name} {text(value)}" for name, value in values.items())
 
 
-def claim(text: str, source: str, ours: str, conditions: Iterable[bool], paper: str = "") -> Claim:
+def claim(
+    text: str,
+    source: str,
+    ours: str,
+    conditions: Iterable[bool],
+    paper: str = "",
+    differs: str = "",
+) -> Claim:
     """Returns a claim with the verdict of its conditions."""
-    return Claim(text, source, paper, ours, judge(conditions))
+    return Claim(text, source, paper, ours, differs, judge(conditions))
 
 
 def not_runnable(
-    text: str, source: str, command: str, paper: str = "", lacks: str = "data"
+    text: str,
+    source: str,
+    command: str,
+    paper: str = "",
+    lacks: str = "data",
+    differs: str = "",
 ) -> Claim:
-    """Returns a claim of which something is not at hand, with the command for who has it."""
-    return Claim(text, source, paper, f"not runnable here: {lacks}; `{command}`", NO_DATA)
+    """Returns a claim that no record decides, with the command for who has what it takes.
+
+    ``lacks`` is what is not at hand, "" where nothing but time is; ``differs`` what the command
+    leaves different from the paper's set-up.
+    """
+    why = f"not runnable here: {lacks}" if lacks else "not run here"
+    return Claim(text, source, paper, f"{why}; `{command}`", differs, NO_DATA)
+
+
+def changed(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Returns "name our value in place of theirs" of all options of a paper that differ."""
+    odd = {name: value for name, value in theirs.items() if ours[name] != value}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {ours[name]} in place of {value}" for name, value in odd.items()
+    )
+
+
+def differing(claims: Iterable[Claim], differs: str) -> list[Claim]:
+    """Returns claims with what differs from the set-up of their paper."""
+    return [one._replace(differs=differs) for one in claims]

@@ -4,9 +4,9 @@
     python -m experiments.report --redraw   # every figure first
 
 The page is ``README.md`` in the folder of results: for each claim of a paper its number, ours
-with standard error, the verdict and the command that made it. Verdicts come from the studies,
-which decide them from their records by the criteria in their ``claims``. Below the prose of
-``<study>/notes.md`` stand the tables that the study prints.
+with standard error, what differs from its set-up, the verdict and the command that made it.
+Verdicts come from the studies, which decide them from their records by the criteria in their
+``claims``. Below the prose of ``<study>/notes.md`` stand the tables that the study prints.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def claims_table(claims: Sequence[Claim]) -> list[str]:
     for claim in claims:
         if claim.verdict not in VERDICTS:
             raise ValueError(f"expected a verdict of {VERDICTS}, got {claim.verdict!r}; use judge")
-    return markdown([("claim", "source", "paper", "here", "verdict"), *claims])
+    return markdown([("claim", "source", "paper", "here", "differs", "verdict"), *claims])
 
 
 def section(name: str, folder: Path) -> tuple[list[str], Counter[str]]:
@@ -84,10 +84,11 @@ def make_page(folder: Path) -> str:
         "# What reproduces",
         "",
         "Made by `python -m experiments.report` from the JSON lines in this folder. *Here* is the",
-        "mean ± standard error over seeds. A verdict is *reproduced* if every condition that the",
-        "study derives from the claim holds in its records, *partly* if some do, *not* if none",
-        "does; the conditions stand in the study's `claims`, what was tried in its `notes.md`.",
-        "*No data*: what it takes is not at hand; the command that would decide it is given.",
+        "mean ± standard error over seeds, *differs* what is other than in the paper's set-up. A",
+        "verdict is *reproduced* if every condition that the study derives from the claim holds in",
+        "its records, *partly* if some do, *not* if none does; the conditions stand in the study's",
+        "`claims`, what was tried in its `notes.md`. *No data*: no record decides it, mostly since",
+        "what it takes is not at hand; the command that would decide it is given.",
         "",
         *markdown([("study", *VERDICTS), *counts]),
         "",

@@ -69,6 +69,7 @@ def test_report_without_results_says_what_is_missing(tmp_path):
 def record_of(method: str, seed: int, batch_size: int, loss: float, accuracy: float) -> dict:
     """Return a record as a run on MNIST writes it, the right digit a tenth worse."""
     config = {"dataset": "mnist", "batch_size": batch_size, "epochs": 1, "max_steps": 5}
+    config["canvas"] = 36
     history = {
         "conflict_rate": [0.4],
         "test_loss": [[loss, loss + 0.1]],
@@ -107,6 +108,9 @@ def test_claims_of_table_2_compare_batch_sizes_and_the_figure_shows_them(tmp_pat
         ),
     )
     claims = multimnist.claims(tmp_path / "multimnist")
+    assert claims[0].differs.startswith(
+        "2 seeds in place of 3 runs; 40 examples (not stated), a can"
+    )
     verdicts = [claim.verdict for claim in claims]
     # MGDA's loss grows; CR-MGDA's is lower but at 4; its advantage grows. CAGrad: at 8 and 4; no.
     assert verdicts == ["reproduced", "partly", "reproduced", "partly", "not"]

@@ -768,7 +768,9 @@ def test_one_seed_decides_nothing_and_options_are_told(tmp_path):
     write_records(tmp_path, seeds=(0,), size=64, max_steps=3)
     claims = report.claims(tmp_path)
     assert {claim.verdict for claim in claims[:3]} == {"not"}
-    assert claims[0].ours.endswith("(size 64 in place of 224, max steps 3)")
+    assert claims[0].differs.startswith(
+        "size 64 in place of 224, max steps 3; seeds 1 in place of 3"
+    )
     found = report.read_found(tmp_path, "office31")
     assert "one seed decides nothing" in report.conclusion_of(found)
 

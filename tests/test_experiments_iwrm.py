@@ -15,7 +15,7 @@ nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not in
 
 import jaxmtl  # noqa: E402
 from experiments import timing  # noqa: E402
-from experiments.claims import VERDICTS  # noqa: E402
+from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
 from experiments.images import load_local_images  # noqa: E402
 from experiments.iwrm import __main__ as iwrm  # noqa: E402
 from experiments.iwrm import networks, search, train  # noqa: E402
@@ -389,6 +389,20 @@ def test_one_seed_never_makes_a_claim_reproduced(tmp_path):
     (faster,) = [c for c in iwrm_report.claims(tmp_path) if "faster" in c.claim]
     assert faster.verdict == "partly"
     assert "one seed" in faster.ours
+
+
+def test_svhn_is_not_runnable_until_it_has_records_and_rates_are_counted(tmp_path):
+    tried = [record_of("mean", 1, 0.5, 1 + 0.01 * i) for i in range(30)]  # more than a walk tries
+    append_records(tmp_path / "mnist.jsonl", [*tried, record_of("upgrad", 1, 0.1, 0.5)])
+    made = iwrm_report.claims(tmp_path)
+    assert [c.claim for c in made if c.verdict == NO_DATA] == [
+        "svhn_cropped: UPGrad is the best of eleven aggregators, DualProj better than the mean"
+    ]
+    assert made[0].differs.startswith(
+        "seeds 1 in place of 8; a walk over 22 coarse rates in place of 72 but in 1 of 2 searches"
+    )
+    append_records(tmp_path / "svhn.jsonl", tried)
+    assert NO_DATA not in {c.verdict for c in iwrm_report.claims(tmp_path)}
 
 
 def test_times_of_every_rule_stand_beside_table_7():

@@ -17,14 +17,14 @@ import pytest
 pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
 import jaxmtl
-from experiments.claims import VERDICTS
+from experiments.claims import NO_DATA, VERDICTS
 from experiments.examples import multi_task_ppo
 from experiments.metaworld import __main__ as metaworld
 from experiments.metaworld import train
 from experiments.metaworld.data import Replay, RewardScale, check_step
 from experiments.metaworld.learner import Batch, make_learner, squashed
 from experiments.metaworld.methods import METHODS, REFUSED, SINGLE, check_method
-from experiments.metaworld.report import best, gains, last, runs_of
+from experiments.metaworld.report import best, gains_of, last, runs_of
 from experiments.metaworld.timing import OBSERVATION, program_of
 from experiments.metaworld.worlds import TASKS, Local, MadeUp, MetaWorld, Remote, Step
 
@@ -563,17 +563,24 @@ def test_report_and_claims(smoke, tmp_path, capsys):
             r["success"] = [mean[r["seed"], r["step"]] + change] * 3
         lines = "".join(json.dumps(r) + "\n" for r in records)
         (tmp_path / "mt3.jsonl").write_text(lines)
-        (found,) = metaworld.claims(tmp_path)
+        made = metaworld.claims(tmp_path)
+        (found,) = [claim for claim in made if claim.verdict != NO_DATA]
+        assert found.differs.startswith("widths [16, 16] in place of [400, 400, 400], batch size 8")
+        assert "seeds 2 in place of 5" in found.differs
         assert (found.verdict, found.paper) == (verdict, "best +0.37")
         assert found.verdict in VERDICTS
-        np.testing.assert_allclose(gains(records, "cagrad_moco", best), [shift, 2 * shift])
+        gains = gains_of(runs_of(records), "cagrad_moco", "linear_scalarization", best)
+        np.testing.assert_allclose(gains, [shift, 2 * shift])
     runs = runs_of(records)["linear_scalarization"]
     np.testing.assert_allclose(best(runs), [0.2, 0.5])
     np.testing.assert_allclose(last(runs), [0.1, 0.5])
     (tmp_path / "mt3.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in records if r["seed"] == 0)
     )
-    assert metaworld.claims(tmp_path) == []  # one seed decides nothing
+    undecided = metaworld.claims(tmp_path)  # by one seed
+    assert {claim.verdict for claim in undecided} == {NO_DATA}
+    (heads,) = [claim for claim in undecided if "`multi_head`" in claim.claim]
+    assert heads.ours.endswith("--methods linear_scalarization --network multi_head`")
 
 
 # --- the simulator ------------------------------------------------------------------------------

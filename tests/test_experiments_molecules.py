@@ -12,7 +12,7 @@ import pytest
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
 import jaxmtl  # noqa: E402
-from experiments.claims import VERDICTS  # noqa: E402
+from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
 from experiments.molecules import __main__ as molecules  # noqa: E402
 from experiments.molecules import data, qm9, report, train  # noqa: E402
 from experiments.molecules.methods import (  # noqa: E402
@@ -416,6 +416,7 @@ def record_of(method, seed, errors, router=None, task=None):
         "method": method, "seed": seed, "task": task, "best_epoch": 3,
         "test_mae": errors, "validation_mae": errors, "history": history,
         "cpu_seconds_per_step": 0.1 * (seed + 1),
+        "config": {"width": 32, "epochs": 300, "batch_size": 120},
     }  # fmt: skip
 
 
@@ -430,7 +431,12 @@ def test_claims_are_decided_by_the_records(tmp_path):
             for name, drop in drops.items()
         ]
     append_records(tmp_path / "rimp2.jsonl", records)
-    verdicts = {claim.claim.split(": ")[1]: claim for claim in report.claims(tmp_path)}
+    made = report.claims(tmp_path)
+    assert [c.verdict for c in made if c.claim.startswith("QM9")] == [NO_DATA] * 2
+    verdicts = {c.claim.split(": ")[1]: c for c in made if not c.claim.startswith("QM9")}
+    assert {c.differs.split("; ")[1] for c in verdicts.values()} == {
+        "width 32 in place of 64, seeds 2 in place of 3"
+    }
     assert all(claim.verdict in VERDICTS for claim in verdicts.values())
     expected = {
         "no method is as good as single tasks (delta_m above 0)": "reproduced",

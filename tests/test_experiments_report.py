@@ -42,6 +42,26 @@ def test_notes_end_with_the_tables_and_say_no_number_that_is_not_in_them(name):
         assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", printed), number
 
 
+@pytest.mark.parametrize("name", report.STUDIES)
+def test_claims_say_what_differs_and_commands_of_undecided_ones_are_understood(name):
+    study = report.study_of(name)
+    for claim in study.claims(report.RESULTS / name):
+        assert claim.differs or claim.verdict == NO_DATA, claim.claim
+        if claim.verdict != NO_DATA:
+            continue
+        text = claim.ours.partition("`")[2].removesuffix("`")
+        # Loops in the shell: the commands for their first value.
+        for quoted, word, body in re.findall(
+            r"for x in (?:'(.*?)'|(\S+)).*?; do (.*?); done", text
+        ):
+            text += "; " + body.replace("$x", quoted or word)
+        commands = re.findall(r"python -m experiments\.(\w+) ([^;$]*)(?:;|$)", text)
+        assert commands, claim.ours
+        for package, arguments in commands:
+            assert package == name
+            study.parse(arguments.split())
+
+
 def test_records_are_json_as_the_standard_has_it():
     """Python writes Infinity and NaN as well, which other readers refuse."""
     for path in sorted(report.RESULTS.rglob("*.jsonl")):
@@ -70,6 +90,6 @@ def test_a_verdict_is_judged():
     judged = [judge(x) for x in ([True, True], [True, False], [False])]
     assert [*judged, NO_DATA] == list(VERDICTS)
     with pytest.raises(ValueError, match="expected a verdict of"):
-        report.claims_table([Claim("a", "b", "", "c", "surely")])
-    row = report.claims_table([Claim("|x| shrinks", "eq.\n1", "", "1", "not")])[-1]
-    assert row == r"| \|x\| shrinks | eq. 1 |  | 1 | not |"
+        report.claims_table([Claim("a", "b", "", "c", "", "surely")])
+    row = report.claims_table([Claim("|x| shrinks", "eq.\n1", "", "1", "1 seed", "not")])[-1]
+    assert row == r"| \|x\| shrinks | eq. 1 |  | 1 | 1 seed | not |"

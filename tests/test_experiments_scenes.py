@@ -22,7 +22,7 @@ from experiments import resnet, weights  # noqa: E402
 from experiments.checkpoints import Checkpoint  # noqa: E402
 from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
 from experiments.scenes import __main__ as main  # noqa: E402
-from experiments.scenes import convert, data, networks, report  # noqa: E402
+from experiments.scenes import convert, data, networks, published, report  # noqa: E402
 from experiments.scenes.benchmarks import BENCHMARKS, LOSSES, count, measure  # noqa: E402
 from experiments.scenes.methods import METHODS, Known  # noqa: E402
 from experiments.scenes.published import TABLES  # noqa: E402
@@ -515,7 +515,6 @@ def test_quantities_are_those_of_the_balanced_rows():
         "mgda": g * [[share], [1 - share]],
         "pcgrad": np.stack([a - (a @ b) / (b @ b) * b for a, b in (g, g[::-1])]),
         "aligned_mtl": s.min() * u @ vt,
-        "linear_scalarization": g,
     }
     gramian, known = jnp.asarray(g @ g.T, jnp.float32), Known("nyuv2", 4, None)
     for name, expected in rows.items():
@@ -533,6 +532,12 @@ def test_quantities_are_those_of_the_balanced_rows():
         assert found.keys() == quantities.keys()
         for key, value in quantities.items():
             np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-5, err_msg=key)
+    for shares, expected in ((None, g), ((0.1, 0.9), g * [[0.1], [0.9]])):
+        rule = METHODS["linear_scalarization"].build(2, known._replace(task_weights=shares))
+        x = jnp.zeros(g.shape[1])
+        _, state = rule.update(jnp.asarray(g), rule.init(x), x, losses=jnp.ones(2))
+        made = balanced("linear_scalarization", rule, gramian, state)
+        np.testing.assert_allclose(made, expected @ expected.T, rtol=1e-5)
     graddrop = METHODS["graddrop"].build(2, known)
     assert balanced("graddrop", graddrop, gramian, graddrop.init(jnp.zeros(3))) is None
     dwa = METHODS["dwa"].build(2, known)
@@ -1199,9 +1204,134 @@ def test_delta_m_orders_and_verdicts_are_worked_out_by_hand(tmp_path):
     )
     balanced = "NYUv2, mtan: Aligned-MTL's balanced gradients have condition number 1 and cosines 0"
     assert verdicts[balanced] == "reproduced"
-    missing = [c for c in report.claims(tmp_path) if c.verdict == NO_DATA]
-    assert len(missing) == 4  # NYUv2 by PSPNet, Cityscapes with three and, twice, with two tasks
-    assert all("python -m experiments.scenes --dataset" in c.ours for c in missing)
+    made = {c.claim: c for c in report.claims(tmp_path)}
+    lowest = made["NYUv2, mtan: aligned_mtl has the lowest delta_m"]
+    assert lowest.verdict == "partly"  # not all rivals have run
+    assert lowest.ours.startswith("rank 1 of the 2 that ran, of 14: aligned_mtl -5.0 ± 0.1, linear")
+    assert lowest.differs.startswith("size 8 x 8 in place of 288 x 384, width 2 in place of 64")
+    for c in made.values():
+        if c.verdict == NO_DATA:
+            assert "python -m experiments.scenes --dataset" in c.ours
+            command = c.ours.partition("`")[2].removesuffix("`").split("; ")[-1]
+            arguments = command.removeprefix("python -m experiments.scenes ").split()
+            (part,) = main.plan(main.study.parse(arguments))  # its options fit together
+            assert "scenes --dataset " + part.name.replace("_", " --network ") in command
+    three = made["Cityscapes, 3 tasks, pspnet: aligned_mtl_ub has the lowest delta_m"]
+    assert "--dataset cityscapes3 --network pspnet --data-dir DIR --weights FILE" in three.ours
+    assert "--epochs 100 --seeds 3" in three.ours
+    table = TABLES["cityscapes3", "pspnet"][0].values
+    assert set(table) == set(three.ours.strip("`").partition("--methods ")[2].split())
+
+
+CITY = [70.0, 90.0, 0.01, 30.0]
+
+
+def write_city(folder, changes, file="cityscapes2_mtan", seeds=(0, 1), **config):
+    """Single tasks, and methods that are better by a share of each metric, by seed a bit more."""
+    benchmark = BENCHMARKS["cityscapes2"]
+    records = []
+    for seed in seeds:
+        if file == "cityscapes2_mtan":
+            for task, row in (("semantic", [*CITY[:2], None, None]), ("depth", [None, None])):
+                row = [*row, *CITY[2:]][:4]
+                records.append(made_up_record("single_task", seed, (task,), row))
+        for method, change in changes.items():
+            sign = np.where([metric.higher for metric in benchmark.metrics], 1, -1)
+            result = np.array(CITY) * (1 + sign * (change + 1e-4 * seed))
+            records.append(made_up_record(method, seed, benchmark.tasks, result.tolist()))
+    for record in records:
+        record["config"] |= {"dataset": "cityscapes2"} | config
+    append_records(folder / f"{file}.jsonl", records)
+
+
+def test_statements_of_the_tables_are_judged_once_there_are_records(tmp_path):
+    table = TABLES["cityscapes2", "mtan"][1]
+    # As printed, but for GO4Align, which is made the best.
+    changes = {name: -v[0] / 100 for name, v in table.delta_m.items() if v and name in METHODS}
+
+    def verdicts(folder, changes):
+        write_city(folder, changes)
+        where = "Cityscapes, 2 tasks, mtan: "
+        return {
+            c.claim.removeprefix(where): c
+            for c in report.claims(folder)
+            if c.claim.startswith(where)
+        }
+
+    made = verdicts(tmp_path / "printed", changes)
+    best = made["ldc_mtl_router has the lowest delta_m"]
+    assert best.verdict == "reproduced"
+    assert best.ours.startswith("rank 1 of the 18 that ran, of 18: ldc_mtl_router -0.6 ± 0.0, fair")
+    for text in (
+        "famo has a lower delta_m than equal weights",
+        "ldc_mtl_router has a lower delta_m than equal weights",
+        "moco has the lowest delta_m of that paper's methods",
+        "pcgrad has a lower delta_m than moco_pcgrad",
+        "moco_cagrad has a lower delta_m than cagrad",
+    ):
+        assert made[text].verdict == "reproduced", text
+    assert made["aligned_mtl has the lowest delta_m"].verdict == NO_DATA  # it has not run
+    made = verdicts(tmp_path / "other", changes | {"go4align": 0.02, "moco": -0.3})
+    assert made["ldc_mtl_router has the lowest delta_m"].verdict == "partly"
+    assert made["moco has the lowest delta_m of that paper's methods"].verdict == "partly"
+    fewer = {name: changes[name] for name in ("ldc_mtl_router", "fairgrad")}
+    made = verdicts(tmp_path / "fewer", fewer | {"fairgrad": 0.1})
+    assert made["ldc_mtl_router has the lowest delta_m"].verdict == "not"
+    assert made["moco has the lowest delta_m of that paper's methods"].verdict == NO_DATA
+
+
+def test_averaged_forms_are_compared_metric_by_metric(tmp_path):
+    def verdicts(folder, changes):
+        write_city(tmp_path / folder, changes)
+        made = [c for c in report.claims(tmp_path / folder) if c.source == published.ZHOU]
+        return [c.verdict for c in made]
+
+    plain = {"mgda": -0.3, "pcgrad": -0.1, "cagrad": -0.1}
+    good = {"cr_mgda": -0.1, "cr_pcgrad": -0.1, "cr_cagrad": -0.05}
+    assert verdicts("none", {"upgrad": 0.0}) == [NO_DATA] * 4
+    assert verdicts("some", plain | {"cr_mgda": -0.1}) == ["reproduced"] + [NO_DATA] * 3
+    assert verdicts("all", plain | good) == ["reproduced"] * 4
+    assert verdicts("worse", plain | good | {"cr_cagrad": -0.2}) == [
+        *("reproduced", "reproduced", "not", "partly")
+    ]
+
+
+def test_runs_with_another_hyperparameter_are_apart_and_judged(tmp_path):
+    def verdicts(source):
+        return [(c.verdict, c.ours) for c in report.claims(tmp_path) if c.source == source]
+
+    plain = {"ldc_mtl_router": 0.01, "fairgrad": -0.05, "linear_scalarization": -0.2}
+    write_city(tmp_path, plain)
+    assert verdicts(published.XIAO8)[0][0] == NO_DATA
+    for penalty in published.PENALTIES:
+        if penalty != published.OWN_PENALTY:
+            name = report.part_name("cityscapes2", "mtan", penalty)
+            write_city(tmp_path, {"ldc_mtl_router": -penalty}, name, penalty=penalty)
+    ((verdict, ours),) = verdicts(published.XIAO8)
+    assert verdict == "partly"  # from 0.05 on they are no better
+    assert ours.startswith("0.02 +3.0 ± 0.0, 0.05 +0.0 ± 0.0, 0.06 -1.0 ± 0.0")
+    assert ours.endswith("0.1 +6.0 ± 0.0 points")
+    for shares in published.WEIGHTS:
+        name = report.part_name("cityscapes2", "mtan", task_weights=shares)
+        write_city(tmp_path, {"linear_scalarization": -0.1}, name, task_weights=list(shares))
+    assert verdicts(published.XIAO9)[0][0] == "reproduced"
+    setup = report.read_setup(tmp_path, "cityscapes2", "mtan", {"task_weights": (0.1, 0.9)})
+    assert report.title_of(setup).endswith(", weights 0.1 0.9")
+    assert [row[:3] for row in report.drops_table(setup).rows] == [
+        ["linear_scalarization", "+10.0 ± 0.0", ""]  # no printed number of equal weights
+    ]
+    assert report.setups(tmp_path).keys() == {"cityscapes2_mtan"}
+
+
+def test_tables_of_hyperparameters_give_their_printed_delta_m():
+    base = np.array(TABLES["cityscapes2", "mtan"][1].values["single_task"])
+    for row in (*published.PENALTIES.values(), *published.WEIGHTS.values()):
+        drop = 100 * np.array([-1, -1, 1, 1]) * (np.array(row[:4]) - base) / base
+        slack = np.mean(100 * (half_unit(base) + half_unit(row[:4])) / base) + 0.2
+        assert abs(drop.mean() - row[4]) < slack, row
+    tables = report.published_tables()
+    assert len(tables) == sum(map(len, TABLES.values())) + 3
+    assert all(len(row) == len(table.header) for table in tables for row in table.rows)
 
 
 def test_one_seed_decides_nothing(tmp_path):
@@ -1288,11 +1418,69 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
         (["--dataset", "cityscapes3"], "expected a network of"),
         (["--size", "100x128"], "divisible by 32"),
         (["--weights", "a.pth"], "with --network pspnet"),
+        (["--penalty", "0.1"], "expected --penalty with --methods of ldc_mtl_router, ldc_mtl"),
+        (["--penalty", "0", "--methods", "ldc_mtl"], "expected a positive --penalty, got 0.0"),
+        (
+            ["--task-weights", "1", "2", "--methods", "famo"],
+            "expected --task-weights with --methods of linear_scalarization, which alone have it",
+        ),
+        (
+            ["--task-weights", "1", "2", "--methods", "linear_scalarization"],
+            "of 3 numbers for semantic, depth, normal, none negative and not all 0, got 1.0 2.0",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, arguments, text):
     with pytest.raises(SystemExit, match=text):
         main.study.main([*arguments, "--out", str(tmp_path)])
+
+
+def part_of(*arguments):
+    """The part of a command line: the name of its results file and its options."""
+    (part,) = main.plan(main.study.parse(arguments))
+    return part
+
+
+def test_every_method_has_the_rate_of_its_authors_unless_one_is_given():
+    def rates(*arguments):
+        return {config["learning_rate"] for config in part_of(*arguments).configs}
+
+    assert rates("--dataset", "nyuv2") == {1e-4, 8e-5}
+    assert rates("--dataset", "cityscapes2") == {1e-4, 3e-4}
+    assert rates("--dataset", "cityscapes2", "--learning-rate", "1e-3") == {1e-3}
+
+
+def test_another_hyperparameter_is_in_the_records_and_in_the_name_of_their_file():
+    plain = part_of("--dataset", "cityscapes2")
+    assert plain.name == "cityscapes2_mtan"
+    # Options as they were before there were others, so that older records can be resumed.
+    assert all({"penalty", "task_weights"}.isdisjoint(config) for config in plain.configs)
+    start = ("--dataset", "cityscapes2", "--methods")
+    other = part_of(*start, "ldc_mtl_router", "--penalty", "0.05")
+    assert other.name == "cityscapes2_mtan_lambda_0.05"
+    assert {config["penalty"] for config in other.configs} == {0.05}
+    other = part_of(*start, "linear_scalarization", "--task-weights", "0.1", "0.9")
+    assert other.name == "cityscapes2_mtan_weights_0.1_0.9"
+    assert other.configs[0]["task_weights"] == [0.1, 0.9]
+
+
+def test_hyperparameters_reach_their_methods():
+    schedule = optax.constant_schedule(1e-3)
+    weighted = METHODS["linear_scalarization"].build(
+        2, Known("cityscapes2", 4, schedule, task_weights=(0.1, 0.9))
+    )
+    weights, _ = weighted.weighting.update(jnp.eye(2), weighted.weighting.init())
+    np.testing.assert_allclose(weights, [0.1, 0.9], rtol=1e-6)
+    # The gradient of g + lambda f is linear in lambda.
+    losses, rows = jnp.array([1.0, 3.0]), jnp.eye(2)
+    made = []
+    for penalty in (None, 0.1, 0.2, 0.3):
+        known = Known("cityscapes2", 4, schedule, penalty)
+        rule = METHODS["ldc_mtl"].build(2, known)
+        made.append(rule.update(rows, rule.init(jnp.zeros(2)), jnp.zeros(2), losses=losses)[0])
+    np.testing.assert_allclose(made[0], made[1])  # the authors'
+    np.testing.assert_allclose(made[3] - made[2], made[2] - made[1], rtol=1e-5)
+    assert np.abs(made[3] - made[2]).min() > 0.01
 
 
 @pytest.mark.slow

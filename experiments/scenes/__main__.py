@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from experiments.scenes.benchmarks import BENCHMARKS
 from experiments.scenes.data import Arrays, Source, load_folder, load_tree, make_up
 from experiments.scenes.methods import METHODS, SINGLE
 from experiments.scenes.networks import NETWORKS
-from experiments.scenes.report import claims, report
-from experiments.scenes.train import Options, train
+from experiments.scenes.published import RATE, RATES, RECIPES
+from experiments.scenes.report import claims, part_name, report
+from experiments.scenes.train import Options, Variant, train
 from experiments.study import Job, Part, Record, Results, Say, Study, config_of
 from experiments.weights import read_weights
 
@@ -25,9 +27,8 @@ DEFAULT = (
 )
 # By losses and by rows; every route compiles for seconds.
 SMOKE = (SINGLE, "linear_scalarization", "aligned_mtl")
-# What the papers use: size, batch, Adam's rate.
-SIZES = {"nyuv2": (288, 384), "cityscapes2": (128, 256), "cityscapes3": (256, 512)}
-BATCHES = {"nyuv2": 2, "cityscapes2": 8, "cityscapes3": 8}
+# The methods that an option changes.
+VARIED = {"penalty": ("ldc_mtl_router", "ldc_mtl"), "task_weights": ("linear_scalarization",)}
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -45,10 +46,11 @@ def options_of(args: argparse.Namespace) -> Options:
             f"expected a network of {BENCHMARKS[args.dataset].networks} for {args.dataset}, got "
             f"{args.network}; its targets have another size"
         )
+    recipe = RECIPES[args.dataset]
     given: dict[str, Any] = {
-        "size": args.size or SIZES[args.dataset],
-        "batch_size": args.batch_size or BATCHES[args.dataset],
-        "epochs": args.epochs or 200,
+        "size": args.size or recipe.size,
+        "batch_size": args.batch_size or recipe.batch_size,
+        "epochs": args.epochs or recipe.epochs,
         "width": args.width or 64,
         "levels": args.levels or 5,
         "pretrained": args.weights is not None,
@@ -67,10 +69,12 @@ def options_of(args: argparse.Namespace) -> Options:
             f"expected height and width divisible by {factor}, got {height} x {width}; pass "
             "another --size"
         )
-    return Options(
+    varied = varied_of(args)
+    make = partial(Variant, **varied) if varied else Options
+    return make(
         dataset=args.dataset,
         network=args.network,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate or RATE,
         average=min(10, max(given["epochs"] // 5, 1)),
         max_steps=args.max_steps,
         scenes=8 if args.smoke else None,
@@ -78,11 +82,39 @@ def options_of(args: argparse.Namespace) -> Options:
     )
 
 
+def varied_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the hyperparameters of the command line, which make files of their own."""
+    given = {name: getattr(args, name) for name in VARIED if getattr(args, name) is not None}
+    for name, methods in VARIED.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name in given and not set(args.methods or ("all",)) <= set(methods):
+            raise SystemExit(
+                f"expected {flag} with --methods of {', '.join(methods)}, which alone have it, got "
+                f"{', '.join(args.methods or ('no --methods',))}; name them"
+            )
+    if given.get("penalty", 1) <= 0:
+        raise SystemExit(f"expected a positive --penalty, got {given['penalty']}; correct it")
+    if (weights := given.get("task_weights")) is not None:
+        tasks = BENCHMARKS[args.dataset].tasks
+        if len(weights) != len(tasks) or min(weights) < 0 or max(weights) == 0:
+            raise SystemExit(
+                f"expected --task-weights of {len(tasks)} numbers for {', '.join(tasks)}, none "
+                f"negative and not all 0, got {' '.join(map(str, weights))}; correct them"
+            )
+        given["task_weights"] = tuple(weights)
+    return given
+
+
 def plan(args: argparse.Namespace) -> Iterator[Part]:
     """Yields the part of a data set and a network."""
     options = options_of(args)
     benchmark = BENCHMARKS[options.dataset]
-    name = f"{options.dataset}_{options.network}"
+    name = part_name(args.dataset, args.network, args.penalty, args.task_weights)
+
+    def options_with(method: str) -> Options:
+        """Returns the options of a method, whose authors may have a rate of their own."""
+        rate = args.learning_rate or RATES.get((options.dataset, method), RATE)
+        return replace(options, learning_rate=rate)
 
     @cache
     def sources() -> tuple[Source, Source]:
@@ -100,13 +132,11 @@ def plan(args: argparse.Namespace) -> Iterator[Part]:
         return read_weights(args.weights) if args.weights else None
 
     def run(method: str, seed: int, tasks: tuple[str, ...], say: Say) -> list[Record]:
-        label = f"{method}-{'-'.join(tasks)}-{seed}"
-        checkpoint = Checkpoint(
-            args.out / "scenes" / "checkpoints" / f"{name}-{label}.npz", options
-        )
+        label, own = f"{method}-{'-'.join(tasks)}-{seed}", options_with(method)
+        checkpoint = Checkpoint(args.out / "scenes" / "checkpoints" / f"{name}-{label}.npz", own)
         if not args.resume:
             checkpoint.remove()
-        record = train(options, method, seed, tasks, sources(), checkpoint, say, weights())
+        record = train(own, method, seed, tasks, sources(), checkpoint, say, weights())
         # The record is written before the checkpoint goes: see ``finish``.
         finished.append(checkpoint)
         return [record]
@@ -123,7 +153,7 @@ def plan(args: argparse.Namespace) -> Iterator[Part]:
                         label = f"{method} seed {seed}"
                         yield Job(label, partial(run, method, seed, tasks), options.epochs)
 
-    yield Part(name, jobs, [config_of(options)])
+    yield Part(name, jobs, [config_of(options_with(method)) for method in (SINGLE, *METHODS)])
     for checkpoint in finished:
         checkpoint.remove()
 
@@ -152,8 +182,17 @@ study = Study(
         },
         "--weights": {"help": "torchvision's resnet50 as .safetensors or .pth, for pspnet"},
         "--batch-size": {"type": int, "help": "by default the papers'"},
-        "--epochs": {"type": int, "help": "by default 200"},
-        "--learning-rate": {"type": float, "default": 1e-4},
+        "--epochs": {"type": int, "help": "by default the papers', 200 or 100"},
+        "--learning-rate": {
+            "type": float,
+            "help": "of all methods; by default the papers' of each",
+        },
+        "--penalty": {"type": float, "help": "lambda of LDC-MTL, in a results file of its own"},
+        "--task-weights": {
+            "type": float,
+            "nargs": "+",
+            "help": "of linear_scalarization, in a results file of its own",
+        },
         "--max-steps": {"type": int, "help": "per epoch, for trials"},
         "--seeds-only": {"type": int, "nargs": "+", "help": "these, one process each"},
     },

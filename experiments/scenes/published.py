@@ -1,4 +1,4 @@
-"""The papers' tables of NYUv2 and Cityscapes, as printed."""
+"""The papers' tables of NYUv2 and Cityscapes, as printed, and the set-ups behind them."""
 
 from typing import NamedTuple
 
@@ -13,6 +13,29 @@ class Published(NamedTuple):
     delta_m: dict[str, list[float]]  # by method, in percent: over metrics, over tasks where printed
 
 
+class Recipe(NamedTuple):
+    """A set-up of the papers; networks are of width 64, and Adam's rate is halved half-way."""
+
+    size: tuple[int, int]  # of the images: height, width
+    batch_size: int
+    epochs: int
+
+
+SEEDS = 3
+RATE = 1e-4  # of Adam
+RECIPES = {
+    "nyuv2": Recipe((288, 384), 2, 200),
+    "cityscapes2": Recipe((128, 256), 8, 200),
+    "cityscapes3": Recipe((256, 512), 8, 100),
+}
+# LDC-MTL's authors have rates of their own.
+RATES = {
+    (dataset, method): rate
+    for dataset, rate in (("nyuv2", 8e-5), ("cityscapes2", 3e-4))
+    for method in ("ldc_mtl", "ldc_mtl_router")
+}
+
+
 def _table(source: str, metrics: int, text: str) -> Published:
     rows = [line.split() for line in text.strip().splitlines()]
     numbers = {name: [float(x) for x in values if x != "-"] for name, *values in rows}
@@ -25,7 +48,7 @@ def _table(source: str, metrics: int, text: str) -> Published:
 
 # Angles within t of table 3, printed as fractions, are in percent here. Among the methods of Xiao
 # et al. stands a network, ``cross_stitch``. Their own row of NYUv2 repeats the mIoU as the pixel
-# accuracy: its printed delta_m is not that of its columns.
+# accuracy: its printed delta_m is not that of its columns. GradDrop with PSPNet acts on features.
 TABLES: dict[tuple[str, str], tuple[Published, ...]] = {
     ("cityscapes3", "pspnet"): (
         _table(
@@ -40,7 +63,7 @@ TABLES: dict[tuple[str, str], tuple[Published, ...]] = {
             mgda 66.72 17.02 0.33 20.62
             mgda_ub 66.37 18.63 0.32 25.05
             gradnorm 57.24 10.29 0.35 6.55
-            graddrop 52.98 10.09 0.40 12.50
+            graddrop_ub 52.98 10.09 0.40 12.50
             pcgrad 54.06 9.91 0.38 10.00
             gradvac 54.07 10.39 0.40 12.99
             cagrad 64.33 10.15 0.34 1.46
@@ -112,7 +135,7 @@ TABLES: dict[tuple[str, str], tuple[Published, ...]] = {
             mgda 40.96 65.80 0.54 0.22 23.36 17.45 33 61 72 3.54 4.24
             mgda_ub 41.15 65.10 0.53 0.22 23.42 17.60 32 60 72 4.02 4.40
             gradnorm 45.63 69.64 0.48 0.20 25.46 20.06 28 55 67 5.88 2.18
-            graddrop 45.69 70.13 0.49 0.20 26.16 21.21 26 52 65 8.60 3.92
+            graddrop_ub 45.69 70.13 0.49 0.20 26.16 21.21 26 52 65 8.60 3.92
             pcgrad 46.37 69.69 0.48 0.20 26.00 21.05 26 53 66 7.78 3.17
             gradvac 46.65 69.97 0.49 0.21 25.95 20.88 27 53 66 7.89 3.75
             cagrad 45.46 69.35 0.47 0.20 24.28 18.73 30 58 70 2.66 0.13
@@ -171,4 +194,44 @@ TABLES: dict[tuple[str, str], tuple[Published, ...]] = {
             """,
         ),
     ),
+}
+
+# Where Fernando et al. print MoCo alone, and on top of other methods.
+MOCO_TABLES = {
+    "cityscapes2": ("Fernando 2023, t. 2", "Fernando 2023, t. 5"),
+    "nyuv2": ("Fernando 2023, t. 3", "Fernando 2023, t. 6"),
+}
+MOCO_RIVALS = ("linear_scalarization", "mgda", "pcgrad", "graddrop", "cagrad")  # in those tables
+
+# Cityscapes with two tasks by MTAN: the metrics on the training part, then on the other.
+ZHOU = "Zhou 2022, t. 3"
+AVERAGED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "mgda": ((76.05, 94.08, 0.0065, 18.90), (66.32, 88.85, 0.0248, 33.50)),
+    "cr_mgda": ((79.58, 95.12, 0.0067, 18.51), (73.21, 93.01, 0.0151, 33.59)),
+    "pcgrad": ((80.19, 95.31, 0.0087, 27.18), (75.25, 93.50, 0.0148, 45.37)),
+    "cr_pcgrad": ((80.12, 95.32, 0.0085, 26.44), (75.37, 93.50, 0.0153, 43.05)),
+    "cagrad": ((80.24, 95.29, 0.0081, 25.06), (75.09, 93.52, 0.0145, 40.97)),
+    "cr_cagrad": ((80.33, 95.33, 0.0080, 25.30), (75.58, 93.53, 0.0142, 38.51)),
+}
+
+# The same of LDC-MTL by lambda (0.1 is that of its table 1) and of scalarization by its weights:
+# metrics, delta_m and what is printed after its ±.
+XIAO8, XIAO9 = "Xiao 2025, t. 8", "Xiao 2025, t. 9"
+PENALTIES: dict[float, tuple[float, ...]] = {
+    0.02: (73.18, 92.78, 0.0124, 29.67, 1.96, 1.25),
+    0.05: (74.50, 93.40, 0.0124, 28.99, 0.79, 1.10),
+    0.06: (74.84, 93.43, 0.0123, 29.61, 0.92, 0.95),
+    0.07: (75.40, 93.42, 0.0125, 29.25, 0.88, 1.01),
+    0.08: (75.34, 93.35, 0.0127, 29.70, 1.64, 1.04),
+    0.09: (74.97, 93.50, 0.0123, 28.90, 0.18, 0.96),
+    0.1: (74.53, 93.42, 0.0128, 26.79, -0.57, 1.17),
+}
+OWN_PENALTY = 0.1  # with which table 1 is made
+WEIGHTS: dict[tuple[float, float], tuple[float, ...]] = {
+    (0.1, 0.9): (74.00, 92.92, 0.0144, 29.23, 5.13, 1.10),
+    (0.2, 0.8): (75.09, 93.58, 0.0136, 33.73, 7.18, 0.99),
+    (0.3, 0.7): (74.10, 93.08, 0.0153, 35.38, 12.38, 1.78),
+    (0.4, 0.6): (74.95, 93.43, 0.0175, 43.15, 23.47, 1.77),
+    (0.6, 0.4): (74.48, 93.39, 0.0186, 43.93, 26.53, 1.77),
+    (0.8, 0.2): (74.24, 93.15, 0.0192, 61.24, 43.19, 6.50),
 }

@@ -55,6 +55,14 @@ class Options:
     scenes: int | None = None  # made-up ones in place of the data set, for smoke runs
 
 
+@dataclass(frozen=True)
+class Variant(Options):
+    """Options with another hyperparameter of a method than its authors', kept in files apart."""
+
+    penalty: float | None = None  # lambda of LDC-MTL
+    task_weights: tuple[float, ...] | None = None  # of linear scalarization
+
+
 class State(NamedTuple):
     """What a training carries from step to step."""
 
@@ -202,7 +210,9 @@ def make_training(
     z = jax.eval_shape(
         lambda: network.init_with_output(jax.random.key(0), BLANK, False, method="features")[0]
     )
-    aggregator = entry.build(m, Known(options.dataset, z.shape[-1], rate))
+    variant = options if isinstance(options, Variant) else Variant(**vars(options))
+    known = Known(options.dataset, z.shape[-1], rate, variant.penalty, variant.task_weights)
+    aggregator = entry.build(m, known)
     init_rule, direction = make_direction(model, entry, aggregator)
     wants_after = "previous_batch_losses" in entry.method.inputs
 
@@ -282,8 +292,6 @@ def balanced(name: str, aggregator: Any, gramian: jax.Array, state: Any) -> jax.
         coefficients = jaxmtl.metrics.pcgrad_coefficients(gramian, jax.random.key(0))
     elif name in WEIGH_BY_GRAMIAN:
         coefficients, _ = aggregator.weighting.update(gramian, aggregator.weighting.init())
-    elif name == "linear_scalarization":
-        return gramian
     else:
         coefficients = logged_weights(state)
     return None if coefficients is None else jaxmtl.metrics.balanced_gramian(gramian, coefficients)
