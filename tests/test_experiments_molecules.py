@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,16 @@ import pytest
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
 import jaxmtl  # noqa: E402
+from experiments.checkpoints import Checkpoint  # noqa: E402
 from experiments.claims import VERDICTS  # noqa: E402
+from experiments.methods import entry  # noqa: E402
 from experiments.molecules import __main__ as molecules  # noqa: E402
 from experiments.molecules import data, qm9, report, train  # noqa: E402
 from experiments.molecules.methods import (  # noqa: E402
     GRADIENT_BALANCING,
+    LIBRARY,
     METHODS,
+    Known,
     make_direction,
     weights_of,
 )
@@ -204,9 +209,9 @@ def flat(tree, rows=()):
 @pytest.mark.parametrize("name", sweep(METHODS, ("upgrad", "pcgrad", "famo", "ldc_mtl")))
 def test_every_rule_takes_the_rows_of_the_network(problem, name):
     params, losses, rows, *_ = problem
-    rule = METHODS[name].build(11, steps_per_epoch=3)
+    rule = METHODS[name].build(11, Known(3))
     matrix = flat(rows["shared"], (11,)).astype(np.float64)
-    more = dict.fromkeys(METHODS[name].inputs, losses)
+    more = dict.fromkeys(METHODS[name].method.inputs, losses)
     update, state = rule.update(
         rows["shared"], rule.init(params["shared"]), params["shared"],
         losses=losses, key=jax.random.key(0), **more,
@@ -215,6 +220,8 @@ def test_every_rule_takes_the_rows_of_the_network(problem, name):
     assert np.isfinite(update).all()
     assert np.linalg.norm(update) > 0
     assert state.mtl_skipped == 0
+    if "weights" not in weights_of(state):
+        return
     weights = np.asarray(weights_of(state)["weights"], np.float64)
     if name != "aligned_mtl":  # its scale is apart
         np.testing.assert_allclose(update, weights @ matrix, rtol=1e-3, atol=1e-4)
@@ -238,15 +245,59 @@ def test_a_rule_moves_the_shared_part_and_heads_their_own():
     np.testing.assert_allclose(update["shared"], [1.92, 1.44], rtol=1e-5)
     np.testing.assert_allclose(update["heads"], [6, 10], rtol=1e-6)
     # A rule of the losses alone weighs the heads too.
-    weighted = METHODS["dwa"]._replace(make=lambda m, **_: jaxmtl.linear_scalarization([2.0, 1.0]))
+    weighted = entry(LIBRARY["linear_scalarization"].using(weights=[2.0, 1.0]))
     init, direction = make_direction(weighted, 2, 5)
     _, update, _ = direction(losses_fn, params, init(params))
     np.testing.assert_allclose(update["shared"], [6, 4], rtol=1e-6)
     np.testing.assert_allclose(update["heads"], [12, 10], rtol=1e-6)
 
 
+def test_imtl_weighs_heads_by_the_scales_of_their_losses():
+    params = {"shared": jnp.array([1.0, -6.2]), "heads": jnp.array([3.0, 5.0])}
+
+    def losses_fn(params):
+        x, heads = params["shared"], params["heads"]
+        return jnp.array([3.0 * x[0] + heads[0] ** 2, 4.0 * x[1] + heads[1] ** 2])
+
+    init, direction = make_direction(METHODS["imtl"], 2, 5)
+    state = init(params)
+    for _ in range(2):
+        scales = np.exp(np.asarray(state[0].inner.values, np.float64))
+        _, update, state = direction(losses_fn, params, state)
+        np.testing.assert_allclose(update["heads"], scales * [6, 10], rtol=1e-6)
+        # Equal projections on (3, 0) and (0, 4): weights of the scaled rows by 1 / length.
+        lengths = scales * [3, 4]
+        expected = scales * (1 / lengths) / np.sum(1 / lengths)
+        np.testing.assert_allclose(weights_of(state)["weights"], expected, rtol=1e-5)
+    assert np.ptp(scales) > 1e-3  # losses 12 and 0.2: one scale falls, one rises
+
+
+def test_gradnorm_reads_the_last_shared_layer():
+    params = {
+        "shared": {"atoms": jnp.array([2.0]), "features": jnp.array([1.0, 1.0])},
+        "heads": jnp.array([3.0, 5.0]),
+    }
+
+    def losses_fn(params):
+        a, x = params["shared"]["atoms"][0], params["shared"]["features"]
+        return params["heads"] * jnp.array([x[0] + 100 * a, 2 * x[1] + 100 * a])
+
+    init, direction = make_direction(METHODS["gradnorm"], 2, 5)
+    state = init(params)
+    _, update, state = direction(losses_fn, params, state)
+    np.testing.assert_allclose(update["shared"]["features"], [3, 10], rtol=1e-6)  # weights of 1
+    _, update, state = direction(losses_fn, params, state)
+    # Norms 3 and 10 of that layer alone: w by SGD of 0.025 on |3 - 6.5| + |10 - 6.5|, then sum 2.
+    w = np.array([1 + 0.025 * 3, 1 - 0.025 * 10])
+    w *= 2 / w.sum()
+    np.testing.assert_allclose(weights_of(state)["weights"], w, rtol=1e-5)
+    np.testing.assert_allclose(update["shared"]["features"], w * [3, 10], rtol=1e-5)
+    np.testing.assert_allclose(update["shared"]["atoms"], [w @ [300, 500]], rtol=1e-5)
+    np.testing.assert_allclose(update["heads"], w * [201, 202], rtol=1e-5)
+
+
 def test_ldc_has_the_numbers_of_its_code_for_qm9():
-    rule = METHODS["ldc_mtl"].build(3, steps_per_epoch=2)
+    rule = METHODS["ldc_mtl"].build(3, Known(2))
     state = rule.init(jnp.zeros(2))
     logits = np.asarray(state.inner.router.values["logits"], np.float64)
     assert ((logits >= 0.2) & (logits <= 1)).all()
@@ -321,6 +372,43 @@ def test_the_rate_falls_as_pytorchs_does():
     assert factors[-1] == pytest.approx(0.6)  # and not 0.49
 
 
+def test_a_run_goes_on_bit_for_bit(tmp_path):
+    split = data.make_up(data.RIMP2_TASKS, 40, 1)
+    options = train.Options("rimp2", 2, 3, 8, 1, learning_rate=0.05, made_up=40)
+
+    def run(name, say):
+        checkpoint = Checkpoint(tmp_path / name, options)
+        return train.train(options, "famo", 0, split, checkpoint, say, np.ones(11))
+
+    def stop(message, steps=1):
+        if "epoch 2/3" in message:
+            raise InterruptedError
+
+    whole = run("whole.npz", lambda *_: None)
+    with pytest.raises(InterruptedError):
+        run("cut.npz", stop)
+    said = []
+    resumed = run("cut.npz", lambda message, steps=1: said.append((message, steps)))
+    assert said[0] == ("famo: resumed after 2 epochs", 2)
+    assert len(said) == 2
+    times = {"seconds", "cpu_seconds_per_step"}
+    assert all(0 <= record[key] < 600 for record in (whole, resumed) for key in times)
+    assert {k: v for k, v in resumed.items() if k not in times} == {
+        k: v for k, v in whole.items() if k not in times
+    }
+    assert set(whole["history"]) == {
+        *("train_loss", "weights", "validation_mae", "test_mae", "value", "rate")
+    }
+    with np.load(tmp_path / "whole.npz") as a, np.load(tmp_path / "cut.npz") as b:
+        for leaf in set(a.files) - {"about"}:
+            np.testing.assert_array_equal(a[leaf], b[leaf])
+    other = replace(options, epochs=5)
+    with pytest.raises(SystemExit, match="drop --resume"):
+        train.train(
+            other, "famo", 0, split, Checkpoint(tmp_path / "cut.npz", other), lambda *_: None
+        )
+
+
 # --- the study ------------------------------------------------------------------------------------
 
 
@@ -367,6 +455,7 @@ def check_run(records, methods):
 @pytest.mark.slow
 def test_a_smoke_run_trains_a_network_a_task_then_the_methods(smoke):
     check_run(records_in(smoke), ["ldc_mtl"])
+    assert not list((smoke / "molecules").glob("checkpoints/*"))  # all are recorded
 
 
 @pytest.mark.slow
@@ -460,7 +549,8 @@ def test_one_seed_has_to_be_ahead_by_a_margin():
 def test_published_rows_give_the_published_delta_m():
     single = np.array(PUBLISHED["single_task"])
     assert set(PUBLISHED) == {"single_task", *DELTA_M}
-    assert set(DELTA_M) == set(METHODS) - {"aligned_mtl", "upgrad"}
+    others = {"aligned_mtl", "upgrad", "gls", "imtl_l", "imtl", "stch", "gradnorm", "db_mtl"}
+    assert set(DELTA_M) == set(METHODS) - others
     for name, value in DELTA_M.items():
         ours = report.drop(np.array(PUBLISHED[name]), single)
         if name == "ldc_mtl":
@@ -792,11 +882,12 @@ def test_wrong_files_of_qm9_say_what_is_wrong(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_the_network(name):
+def test_every_method_trains_the_network(name, tmp_path):
     split = data.make_up(data.RIMP2_TASKS, 100, 2)
     options = train.Options("rimp2", 4, 4, 20, 2, learning_rate=1e-2, made_up=100)
     baseline = np.ones(11)
-    record = train.train(options, name, 0, split, lambda message: None, baseline)
+    checkpoint = Checkpoint(tmp_path / "run.npz", options)
+    record = train.train(options, name, 0, split, checkpoint, lambda *_: None, baseline)
     losses = np.array(record["history"]["train_loss"])
     assert np.isfinite(losses).all()
     assert losses[-1].mean() < losses[0].mean()
