@@ -681,17 +681,38 @@ def test_the_real_molecules_have_eleven_targets_without_composition(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "words"),
+    ("changed", "words"),
     [
-        ({"mulliken": None}, ValueError, "expected arrays .'mulliken'."),
-        ({"positions": np.zeros((40, 6, 2))}, ValueError, "expected positions of shape .40, 6, 3."),
-        ({"keys": np.array(["x", *KEYS[1:]])}, ValueError, "expected the properties .'nuclear"),
+        ({"mulliken": None}, "expected arrays .'mulliken'."),
+        ({"positions": np.zeros((40, 6, 2))}, "expected positions of shape .40, 6, 3."),
+        ({"numbers": np.ones(40, np.int8)}, "expected numbers with 2 axes in .* shape .40,."),
+        ({"keys": np.array(["x", *KEYS[1:]])}, "expected the properties .'nuclear"),
+        ({"numbers": np.ones((40, 6))}, "expected numbers of integers in .*, got float64"),
+        ({"positions": np.zeros((40, 6, 3), int)}, "expected positions of floats .*, got int64"),
+        ({"mulliken": np.full((40, 6), "x")}, "expected mulliken of floats in .*, got <U1"),
+        ({"numbers": np.full((40, 6), 14)}, r"numbers of H, C, N, O and F, .*, got \[14\]"),
+        ({"numbers": np.tile([1, 0, 1, 1, 0, 0], (40, 1))}, "expected the atoms .* first"),
+        ({"numbers": np.zeros((40, 6), int)}, "expected the atoms of every molecule first"),
+        ({"properties": np.full((40, 10), np.nan)}, "expected finite properties in"),
+        ({"mulliken": np.full((40, 6), np.inf)}, "expected finite mulliken in"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, changed, error, words):
+def test_a_wrong_file_says_what_is_wrong(tmp_path, changed, words):
     write_rimp2(tmp_path, **changed)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=words):
         data.load_rimp2(tmp_path)
+
+
+def test_a_broken_file_says_what_is_wrong(tmp_path):
+    write_rimp2(tmp_path)
+    with pytest.raises(ValueError, match=r"expected at least 50 molecules .* 5 sizes .* got 40"):
+        data.load_rimp2(tmp_path, 5)
+    path = tmp_path / "qm9_rimp2_10k.npz"
+    whole = path.read_bytes()
+    for content in (b"no", b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected arrays .* in .*10k.npz, got another file"):
+            data.load_rimp2(tmp_path)
 
 
 def test_a_missing_file_says_which_and_where(tmp_path):

@@ -23,9 +23,10 @@ fewer aggregators with Adam and other batch sizes, and a search that walks over 
 rates to a minimum of the area instead of trying all 72 rates. SVHN and EuroSAT are not trained yet,
 Kuzushiji-MNIST with one seed but for GradDrop: ``--parts`` names them. ``--data-dir`` may hold the
 publishers' own files of EuroSAT and Kuzushiji-MNIST (``experiments.images``) in place of TFDS's.
-The folder that made the results holds the
-first 10,000 training images of CIFAR-10 only; subsets are drawn from these. c of CAGrad is not
-stated: 0.5. Loss curves are means over the batches of an epoch, without smoothing; the area is
-their mean. The ridge of ``*_ridge`` is a share of the Gramian's trace, as in TorchJD since 0.6, not
-of its largest eigenvalue, as at the paper's time.
+The folder that made the results holds the first 10,000 training images of CIFAR-10 only; subsets
+are drawn from these. Of EuroSAT it holds 4,000 of 27,000 images, 400 of each class: means and
+deviations, by which images are normalized, are over these 4,000. c of CAGrad is not stated: 0.5.
+Loss curves are means over the batches of an epoch, without smoothing; the area is their mean. The
+ridge of ``*_ridge`` is a share of the Gramian's trace, as in TorchJD since 0.6, not of its largest
+eigenvalue, as at the paper's time.
 """
