@@ -132,6 +132,7 @@ def image_of(root):
         (edit(lambda text: text.replace(" 7", " 31")), ValueError, "labels 0 to 30 .* got 31 in"),
         (edit(lambda text: text.replace(" 7", " -1")), ValueError, "labels 0 to 30 .* got -1 in"),
         (edit(lambda text: "\n"), ValueError, "a line per image"),
+        (lambda root: first_list(root).write_bytes(b"\xff\xfe\x81"), ValueError, "expected text"),
         (
             lambda root: image_of(root).unlink(),
             FileNotFoundError,

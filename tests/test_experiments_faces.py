@@ -527,6 +527,11 @@ def png(path):
     Image.new("RGB", (178, 218)).save(path, format="PNG")
 
 
+def zipped(root):
+    (root / "Img/img_align_celeba").rename(root / "Img/other")
+    (root / "Img/img_align_celeba").write_bytes(b"a zip that is not unpacked")
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:900])
 
@@ -540,6 +545,7 @@ def cut(path):
          r"expected .*list_eval_partition.txt, got no such file"),
         (lambda root: (root / "Img/img_align_celeba").rename(root / "Img/other"),
          FileNotFoundError, r"expected .*img_align_celeba, got no such folder"),
+        (zipped, FileNotFoundError, r"expected .*img_align_celeba, got no such folder"),
         (lambda root: (root / "Img/img_align_celeba" / NAMES[2]).unlink(), FileNotFoundError,
          r"expected .*000003.jpg, which .* lists, got no such file; unpack"),
         (rewrite(data.LABELS, replaced(1, "Young", "")), ValueError,

@@ -746,7 +746,7 @@ def write_skipped(folder, numbers):
     (folder / "uncharacterized.txt").write_text("\n".join(lines) + "\n")
 
 
-def write_sdf(folder, *, kind=None, symbol=None, rows=12, column="u0_atom"):
+def write_sdf(folder, *, kind=None, symbol=None, rows=12, column="u0_atom", ends=None):
     blocks = []
     for i, name in enumerate(TWELVE):
         (numbers, positions), bonds = FOUR[name], BONDS[name]
@@ -755,7 +755,9 @@ def write_sdf(folder, *, kind=None, symbol=None, rows=12, column="u0_atom"):
         for z, x in zip(numbers, positions, strict=True):
             cells = "".join(f"{value:10.4f}" for value in x)
             lines.append(f"{cells} {symbol or SYMBOL[z]:<3} 0  0  0  0  0  0")
-        lines += [f"{a + 1:3d}{b + 1:3d}{kind or k:3d}  0  0  0  0" for a, b, k in bonds]
+        for a, b, k in bonds:
+            first, second = ends or (a + 1, b + 1)
+            lines.append(f"{first:3d}{second:3d}{kind or k:3d}  0  0  0  0")
         blocks.append("\n".join([*lines, "M  END", "$$$$\n"]))
     (folder / "gdb9.sdf").write_text("".join(blocks))
     header = "mol_id,A,B,C,mu,alpha,homo,lumo,gap,r2,zpve,u0,u298,h298,g298,cv," + (
@@ -879,16 +881,26 @@ def test_wrong_files_of_qm9_say_what_is_wrong(tmp_path):
         ({"kind": 5}, "bonds of types 1 to 4 as molecule 1 of .*bond of type 5"),
         ({"symbol": "Si"}, "V2000 block of H, C, N, O, F .*KeyError"),
         ({"column": "u0"}, "expected columns .'u0_atom'."),
+        ({"ends": (1, 9)}, "as molecule 1 of .*bond of atoms 1 and 9 of 3"),
+        ({"ends": (0, 1)}, "as molecule 1 of .*bond of atoms 0 and 1 of 3"),
     ):
         write_sdf(tmp_path, **keywords)
         with pytest.raises(ValueError, match=words):
             qm9.load_qm9(tmp_path)
+    for name in ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt"):
+        write_sdf(tmp_path)
+        write_skipped(tmp_path, [])
+        (tmp_path / name).write_bytes(b"\xff\xfe\x81")
+        with pytest.raises(ValueError, match=f"expected text in .*{name}, got"):
+            qm9.load_qm9(tmp_path)
+    write_skipped(tmp_path, [])
     (tmp_path / "gdb9.sdf.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected gdb9.sdf.csv beside gdb9.sdf"):
         qm9.load_qm9(tmp_path)
     for i, (keywords, words) in enumerate(
         (
             ({"values": lambda i: VALUES[:-1]}, "expected the number of atoms, 15 properties"),
+            ({"values": lambda i: VALUES * np.nan}, "15 properties .*not finite"),
             ({"symbol": "Si"}, "expected the number of atoms, 15 properties .*KeyError"),
             ({"name": "dsgdb9nsd_x{}.xyz"}, "expected a number in the name of"),
         )
