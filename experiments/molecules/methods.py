@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import jaxmtl
 from experiments import methods
-from experiments.methods import Entry, entry
+from experiments.methods import Entry, entry, scaled_heads
 from jaxmtl.learned import LearnedState
 
 Params = Any  # {"shared": ..., "heads": ...}
@@ -91,7 +91,6 @@ def make_direction(
         return aggregator.init, one_pass
 
     own = jaxmtl.linear_scalarization(jnp.ones(m))
-    weights_of_heads = getattr(aggregator.weighting, "head_weights", None)
 
     def init(params: Params) -> State:
         return aggregator.init(params["shared"]), own.init(params["heads"])
@@ -102,10 +101,7 @@ def make_direction(
         shared, first = aggregator.update(
             rows["shared"], state[0], params["shared"], losses=losses, **inputs
         )
-        of_heads = rows["heads"]
-        if weights_of_heads is not None:
-            weights = weights_of_heads(state[0])
-            of_heads = jax.tree.map(lambda row: jax.vmap(jnp.multiply)(weights, row), of_heads)
+        of_heads = scaled_heads(aggregator, state[0], rows["heads"])
         heads, second = own.update(of_heads, state[1], params["heads"], losses=losses)
         return losses, {"shared": shared, "heads": heads}, (first, second)
 
