@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +139,71 @@ def test_climb_says_when_nothing_trains():
 
 
 # --- steps
+
+
+# Without any optimization XLA computes what a maximum is compared with anew, and not bit for bit:
+# no entry equals it, and its derivative is 0 / 0.
+COMPILED = {"xla_backend_optimization_level": 1}
+# The smallest images whose features are not empty.
+SIDES = {"svhn": 14, "cifar10": 14, "eurosat": 26, "mnist": 14}
+COLUMNS = 80_000  # as many as the largest of these networks has: a rule is compiled once for all
+
+
+@cache
+def rule_on_rows(name):
+    """A rule of four examples as a compiled function of their rows and losses."""
+    aggregator = iwrm.METHODS[name].make(4)
+
+    def update(rows, losses):
+        state = aggregator.init(rows[0])
+        key = jax.random.key(0)
+        return aggregator.update(rows, state, rows[0], losses=losses, key=key)[0]
+
+    return jax.jit(update)
+
+
+@pytest.mark.parametrize("network", networks.ARCHITECTURES)
+def test_every_method_takes_the_jacobian_of_every_network(network):
+    architecture = networks.ARCHITECTURES[network]
+    architecture = architecture._replace(shape=(*[SIDES[network]] * 2, architecture.shape[-1]))
+    params = networks.init(architecture, jax.random.key(0))
+    batch = jax.random.normal(jax.random.key(1), (4, *architecture.shape)), jnp.arange(4)
+    loss = train.make_loss(architecture)
+    of_rows = jaxmtl.value_and_jacobian(loss, in_axes=(None, 0))
+    losses, jacobian = jax.jit(of_rows, compiler_options=COMPILED)(params, batch)
+    flat = flat_rows(jacobian)
+    # The slope of a loss along its own row, by differences.
+    moved = jax.tree.map(lambda x, row: x + 1e-2 * row[2], params, jacobian)
+    ahead = jax.jit(loss)(moved, jax.tree.map(lambda x: x[2], batch))
+    assert (ahead - losses[2]) / 1e-2 == pytest.approx(flat[2] @ flat[2], rel=0.2)
+    rows = jnp.asarray(np.pad(flat, ((0, 0), (0, COLUMNS - flat.shape[1]))))
+    for name in iwrm.METHODS:
+        update = np.asarray(rule_on_rows(name)(rows, losses))[: flat.shape[1]]
+        assert np.isfinite(update).all(), name
+        assert update.any(), name
+        if name != "graddrop":  # which chooses coordinate by coordinate
+            weights, *_ = np.linalg.lstsq(flat.T, update, rcond=None)
+            error = np.abs(flat.T @ weights - update).max()
+            assert error < 1e-3 * np.abs(update).max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["kmnist", "eurosat/rgb", "svhn_cropped", "cifar10"])
+def test_every_network_is_trained_by_every_method(dataset):
+    options = train.Options(dataset, 8, 4, examples=8)
+    shape = networks.ARCHITECTURES[train.NETWORKS[dataset]].shape
+    images = jax.random.normal(jax.random.key(0), (1, 8, *shape))
+    keys, labels = jax.random.split(jax.random.key(1), 1), jnp.arange(8)[None]
+    for names in train.programs(list(iwrm.METHODS)):
+        args = jnp.ones(1), keys, images, labels
+        lowered = train.make_train(options, shape, names).lower(0, *args)
+        trained = lowered.compile(compiler_options=COMPILED)
+        for i, name in enumerate(names):
+            rate = jnp.full(1, 0.3 * search.STARTS[name])
+            curves = trained(i, rate, *args[1:])
+            loss = np.asarray(curves["loss"][0])
+            assert np.isfinite(loss).all(), name
+            assert loss[-1] < loss[0], name
 
 
 @pytest.mark.slow
