@@ -533,9 +533,7 @@ def trainings():
         return {name: make_training(tiny(), METHODS[name], 2) for name in ROUTES}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "moco")) for n in ROUTES]
-)
+@pytest.mark.parametrize("name", ROUTES)
 def test_a_compiled_step_of_each_route(domains, trainings, name):
     """What the first step takes from the rows, by NumPy; then the losses fall."""
     _, _, params, tasks, found, new, jacobian = domains
