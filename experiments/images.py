@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,11 +66,22 @@ def load_tfds_images(name: str, split: str, *, data_dir: str | None = None) -> I
     Args:
       name: TFDS name, such as ``"mnist"``.
       split: TFDS split.
-      data_dir: Folder with the prepared set; by default TFDS's own, where it downloads.
+      data_dir: TFDS's folder, with the prepared set, or with others: TFDS then downloads to it. By
+        default TFDS's own.
 
     Returns:
       Images of shape (n, height, width), with a channel axis if there are several channels.
+
+    Raises:
+      FileNotFoundError: There is a folder, and it is not TFDS's.
     """
+    if data_dir is not None and not _is_tfds(Path(data_dir), name):
+        own = f"{LOCAL[name]}, or " if name in LOCAL else ""
+        raise FileNotFoundError(
+            f"expected {own}TFDS's folder {name} in {data_dir}, got neither that nor another of "
+            "TFDS's sets; name the folder that has it with --data-dir, or leave --data-dir away to "
+            "download by TFDS"
+        )
     import tensorflow_datasets as tfds  # slow to import, and not needed for the bundled digits
 
     source = tfds.data_source(name, split=split, data_dir=data_dir)
@@ -88,6 +100,17 @@ def load_tfds_images(name: str, split: str, *, data_dir: str | None = None) -> I
     return Images(images[..., 0] if images.shape[-1] == 1 else images, labels)
 
 
+# What a set of their own form is called in a sentence.
+LOCAL = {
+    "kmnist": "kmnist-{train,test}-{imgs,labels}.npz",
+    "eurosat/rgb": "a zip, or folders by class, of EuroSAT's JPEG images",
+}
+EUROSAT_CLASSES = (
+    *("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture"),
+    *("PermanentCrop", "Residential", "River", "SeaLake"),
+)
+
+
 def load_local_images(name: str, data_dir: str | None) -> Images | None:
     """Returns a set that lies in a folder in its publishers' own form, None if it does not.
 
@@ -98,45 +121,140 @@ def load_local_images(name: str, data_dir: str | None) -> Images | None:
       data_dir: The folder.
 
     Raises:
-      ValueError: Images and labels of Kuzushiji-MNIST differ in number, or images of EuroSAT in
-        size.
+      FileNotFoundError: There is no such folder, or only one of two files that belong together.
+      ValueError: A file is not what its name says, images and labels of Kuzushiji-MNIST differ in
+        number, or images of EuroSAT in size, or a class is missing.
     """
     loader = {"kmnist": _local_kmnist, "eurosat/rgb": _local_eurosat}.get(name)
-    return loader(Path(data_dir)) if loader and data_dir else None
+    if loader is None or not data_dir:
+        return None
+    if not Path(data_dir).exists():
+        raise FileNotFoundError(
+            f"expected a folder with {LOCAL[name]}, got {data_dir}, which is not there; name "
+            "another with --data-dir, or leave it away to download by TFDS"
+        )
+    return loader(Path(data_dir))
 
 
 def _local_kmnist(folder: Path) -> Images | None:
     for part in ("train", "test"):
         paths = [folder / f"kmnist-{part}-{kind}.npz" for kind in ("imgs", "labels")]
-        if all(path.exists() for path in paths):
-            images, labels = (np.load(path)["arr_0"] for path in paths)
+        there = [path for path in paths if path.exists()]
+        if len(there) == 1:
+            (absent,) = set(paths) - set(there)
+            raise FileNotFoundError(
+                f"expected {absent} beside {there[0].name}, which is not there; take both files of "
+                "a part"
+            )
+        if there:
+            images, labels = (_only_array(path) for path in paths)
+            for path, array, shape in ((paths[0], images, (28, 28)), (paths[1], labels, ())):
+                if array.shape[1:] != shape or array.ndim != 1 + len(shape):
+                    wanted = ", ".join(map(str, ("n", *shape)))
+                    raise ValueError(
+                        f"expected an array of shape ({wanted}) in {path}, got {array.shape}; take "
+                        "the file as published"
+                    )
+                if array.dtype != np.uint8:
+                    raise ValueError(
+                        f"expected numbers of type uint8 in {path}, got {array.dtype}; take the "
+                        "file as published"
+                    )
             if len(images) != len(labels):
                 raise ValueError(
                     f"expected one label for each image in {folder}, got {len(labels)} for "
                     f"{len(images)}; take both files of the same part"
                 )
+            if labels.max(initial=0) > 9:
+                raise ValueError(
+                    f"expected labels 0 to 9 in {paths[1]}, got {labels.max()}; take those of "
+                    "Kuzushiji-MNIST, not of Kuzushiji-49"
+                )
             return Images(images, labels.astype(np.int32))
     return None
 
 
-def _local_eurosat(folder: Path) -> Images | None:
-    from PIL import Image
+def _only_array(path: Path) -> np.ndarray:
+    arrays = read_npz(path)
+    if set(arrays) != {"arr_0"}:
+        raise ValueError(
+            f"expected one array, arr_0, in {path}, got {sorted(arrays)}; take the file as "
+            "published"
+        )
+    return arrays["arr_0"]
 
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file.
+
+    Raises:
+      ValueError: It is no such file, or only part of one.
+    """
+    try:
+        # Opened here: NumPy leaves a broken file open.
+        with path.open("rb") as file, np.load(file) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"expected arrays as numpy.savez writes them in {path}, got another file ({error}); "
+            "fetch it anew"
+        ) from None
+
+
+def _local_eurosat(folder: Path) -> Images | None:
     archives = sorted(folder.glob("*.zip")) if folder.is_dir() else [folder]
+    for archive in archives:
+        if not zipfile.is_zipfile(archive):
+            raise ValueError(f"expected a zip in {archive}, got another file; fetch it anew")
     roots: list[Any] = [zipfile.Path(archive) for archive in archives] or [folder]
-    found = sorted((path.parent.name, path.name, path) for root in roots for path in _jpegs(root))
+    found = sorted(
+        (path.parent.name, path.name, path)
+        for root in roots
+        for path in _jpegs(root)
+        if path.parent.name in EUROSAT_CLASSES
+    )
     if not found:
         return None
-    classes = sorted({name for name, *_ in found})
+    missing = sorted(set(EUROSAT_CLASSES) - {name for name, *_ in found})
+    if missing:
+        raise ValueError(
+            f"expected JPEG images in a folder for each of EuroSAT's ten classes in {folder}, got "
+            f"none of {', '.join(missing)}; unpack the set whole"
+        )
     images = []
     for *_, path in track(found, description="decoding EuroSAT"):
-        with path.open("rb") as file:
-            images.append(np.asarray(Image.open(file).convert("RGB")))
+        images.append(_picture(path))
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
         raise ValueError(f"expected images of one size in {folder}, got {sizes}; leave others out")
-    labels = [classes.index(name) for name, *_ in found]
+    labels = [EUROSAT_CLASSES.index(name) for name, *_ in found]
     return Images(np.stack(images), np.asarray(labels, np.int32))
+
+
+def _picture(path: Any) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with path.open("rb") as file, Image.open(file) as picture:
+            picture.load()
+            mode, pixels = picture.mode, np.asarray(picture)
+    except (OSError, SyntaxError, zipfile.BadZipFile) as error:  # unknown kinds, truncated files
+        raise ValueError(
+            f"expected a picture in {path}, got one that Pillow cannot read ({error}); fetch the "
+            "file anew"
+        ) from None
+    if mode != "RGB":
+        raise ValueError(
+            f"expected a picture in colors in {path}, got mode {mode}; take EuroSAT's RGB images"
+        )
+    return pixels
+
+
+def _is_tfds(folder: Path, name: str) -> bool:
+    """Tells whether a folder has the set, or is TFDS's by another set in it."""
+    if (folder / name).is_dir():
+        return True
+    return any(next(folder.glob(f"{depth}/dataset_info.json"), None) for depth in ("*/*", "*/*/*"))
 
 
 def _jpegs(root: Any) -> Iterator[Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import jaxmtl
@@ -61,6 +63,18 @@ class Entry(NamedTuple):
 def entry(method: Method, route: str = "") -> Entry:
     """Returns a method with its route, which is by losses or rows if not given."""
     return Entry(method, route or ("losses" if needs(method) == "none" else "rows"))
+
+
+def scaled_heads(aggregator: Any, state: Any, rows: Any) -> Any:
+    """Returns the rows (m, ...) of the heads, each times the weight that a method gives its loss.
+
+    Few methods give any, from their state before the step: others leave heads their own gradients.
+    """
+    weigh = getattr(getattr(aggregator, "weighting", None), "head_weights", None)
+    if weigh is None:
+        return rows
+    weights = weigh(state)
+    return jax.tree.map(lambda x: jax.vmap(jnp.multiply)(weights, x), rows)
 
 
 def averaged(rule: Method) -> Method:

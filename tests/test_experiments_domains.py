@@ -132,6 +132,7 @@ def image_of(root):
         (edit(lambda text: text.replace(" 7", " 31")), ValueError, "labels 0 to 30 .* got 31 in"),
         (edit(lambda text: text.replace(" 7", " -1")), ValueError, "labels 0 to 30 .* got -1 in"),
         (edit(lambda text: "\n"), ValueError, "a line per image"),
+        (lambda root: first_list(root).write_bytes(b"\xff\xfe\x81"), ValueError, "expected text"),
         (
             lambda root: image_of(root).unlink(),
             FileNotFoundError,
@@ -532,9 +533,7 @@ def trainings():
         return {name: make_training(tiny(), METHODS[name], 2) for name in ROUTES}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "moco")) for n in ROUTES]
-)
+@pytest.mark.parametrize("name", ROUTES)
 def test_a_compiled_step_of_each_route(domains, trainings, name):
     """What the first step takes from the rows, by NumPy; then the losses fall."""
     _, _, params, tasks, found, new, jacobian = domains

@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,11 @@ nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not in
 import jaxmtl  # noqa: E402
 from experiments import timing  # noqa: E402
 from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
-from experiments.images import load_local_images  # noqa: E402
+from experiments.images import (  # noqa: E402
+    EUROSAT_CLASSES,
+    load_local_images,
+    load_tfds_images,
+)
 from experiments.iwrm import __main__ as iwrm  # noqa: E402
 from experiments.iwrm import networks, search, train  # noqa: E402
 from experiments.iwrm import report as iwrm_report  # noqa: E402
@@ -136,6 +141,71 @@ def test_climb_says_when_nothing_trains():
 # --- steps
 
 
+# Without any optimization XLA computes what a maximum is compared with anew, and not bit for bit:
+# no entry equals it, and its derivative is 0 / 0.
+COMPILED = {"xla_backend_optimization_level": 1}
+# The smallest images whose features are not empty.
+SIDES = {"svhn": 14, "cifar10": 14, "eurosat": 26, "mnist": 14}
+COLUMNS = 80_000  # as many as the largest of these networks has: a rule is compiled once for all
+
+
+@cache
+def rule_on_rows(name):
+    """A rule of four examples as a compiled function of their rows and losses."""
+    aggregator = iwrm.METHODS[name].make(4)
+
+    def update(rows, losses):
+        state = aggregator.init(rows[0])
+        key = jax.random.key(0)
+        return aggregator.update(rows, state, rows[0], losses=losses, key=key)[0]
+
+    return jax.jit(update)
+
+
+@pytest.mark.parametrize("network", networks.ARCHITECTURES)
+def test_every_method_takes_the_jacobian_of_every_network(network):
+    architecture = networks.ARCHITECTURES[network]
+    architecture = architecture._replace(shape=(*[SIDES[network]] * 2, architecture.shape[-1]))
+    params = networks.init(architecture, jax.random.key(0))
+    batch = jax.random.normal(jax.random.key(1), (4, *architecture.shape)), jnp.arange(4)
+    loss = train.make_loss(architecture)
+    of_rows = jaxmtl.value_and_jacobian(loss, in_axes=(None, 0))
+    losses, jacobian = jax.jit(of_rows, compiler_options=COMPILED)(params, batch)
+    flat = flat_rows(jacobian)
+    # The slope of a loss along its own row, by differences.
+    moved = jax.tree.map(lambda x, row: x + 1e-2 * row[2], params, jacobian)
+    ahead = jax.jit(loss)(moved, jax.tree.map(lambda x: x[2], batch))
+    assert (ahead - losses[2]) / 1e-2 == pytest.approx(flat[2] @ flat[2], rel=0.2)
+    rows = jnp.asarray(np.pad(flat, ((0, 0), (0, COLUMNS - flat.shape[1]))))
+    for name in iwrm.METHODS:
+        update = np.asarray(rule_on_rows(name)(rows, losses))[: flat.shape[1]]
+        assert np.isfinite(update).all(), name
+        assert update.any(), name
+        if name != "graddrop":  # which chooses coordinate by coordinate
+            weights, *_ = np.linalg.lstsq(flat.T, update, rcond=None)
+            error = np.abs(flat.T @ weights - update).max()
+            assert error < 1e-3 * np.abs(update).max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["kmnist", "eurosat/rgb", "svhn_cropped", "cifar10"])
+def test_every_network_is_trained_by_every_method(dataset):
+    options = train.Options(dataset, 8, 4, examples=8)
+    shape = networks.ARCHITECTURES[train.NETWORKS[dataset]].shape
+    images = jax.random.normal(jax.random.key(0), (1, 8, *shape))
+    keys, labels = jax.random.split(jax.random.key(1), 1), jnp.arange(8)[None]
+    for names in train.programs(list(iwrm.METHODS)):
+        args = jnp.ones(1), keys, images, labels
+        lowered = train.make_train(options, shape, names).lower(0, *args)
+        trained = lowered.compile(compiler_options=COMPILED)
+        for i, name in enumerate(names):
+            rate = jnp.full(1, 0.3 * search.STARTS[name])
+            curves = trained(i, rate, *args[1:])
+            loss = np.asarray(curves["loss"][0])
+            assert np.isfinite(loss).all(), name
+            assert loss[-1] < loss[0], name
+
+
 @pytest.mark.slow
 def test_the_shared_program_takes_every_rules_own_step():
     params, batch = linear_problem()
@@ -212,52 +282,160 @@ def jpeg(color, side=64):
     return buffer.getvalue()
 
 
+def write_eurosat(folder, archive=False, **files):
+    """Writes an image of each class, and these files in place of or beside them."""
+    made = {f"2750/{name}/{name}_1.jpg": jpeg((0, 255, 0)) for name in EUROSAT_CLASSES}
+    made = {name: content for name, content in (made | files).items() if content is not None}
+    if archive:
+        with zipfile.ZipFile(folder / "EuroSAT.zip", "w") as file:
+            for name, content in made.items():
+                file.writestr(name, content)
+        return
+    for name, content in made.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_eurosat_is_read_from_a_zip_or_a_tree_of_classes(tmp_path, archive):
-    files = {"2750/River/a.jpg": jpeg((0, 0, 255)), "2750/Forest/b.jpg": jpeg((0, 255, 0)),
-             "2750/River/c.jpg": jpeg((255, 0, 0)), "2750/readme.txt": b"-"}  # fmt: skip
-    if archive:
-        with zipfile.ZipFile(tmp_path / "EuroSAT.zip", "w") as file:
-            for name, content in files.items():
-                file.writestr(name, content)
-    else:
-        for name, content in files.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(content)
+    more = {"2750/River/River_2.jpg": jpeg((0, 0, 255)), "2750/SeaLake/a.JPEG": jpeg((255, 0, 0)),
+            "2750/readme.txt": b"-", "previews/a.jpg": b"-"}  # fmt: skip
+    write_eurosat(tmp_path, archive, **more)
     found = load_local_images("eurosat/rgb", str(tmp_path))
-    assert found.images.shape == (3, 64, 64, 3)
-    np.testing.assert_array_equal(found.labels, [0, 1, 1])  # Forest before River
-    np.testing.assert_array_equal(found.images.argmax(axis=-1)[:, 32, 32], [1, 2, 0])
+    assert found.images.shape == (12, 64, 64, 3)
+    np.testing.assert_array_equal(found.labels, [*range(9), 8, 9, 9])  # by alphabet
+    np.testing.assert_array_equal(found.images.argmax(axis=-1)[:, 32, 32], [1] * 9 + [2, 1, 0])
+    if archive:
+        again = load_local_images("eurosat/rgb", str(tmp_path / "EuroSAT.zip"))
+        np.testing.assert_array_equal(again.labels, found.labels)
     normalized, labels = train.load("eurosat/rgb", str(tmp_path))
     np.testing.assert_allclose(normalized.mean(axis=(0, 1, 2)), 0, atol=1e-3)
-    assert labels.shape == (3,)
+    assert labels.shape == (12,)
 
 
-def test_images_of_several_sizes_are_refused(tmp_path):
-    for name, side in (("a", 64), ("b", 32)):
-        (tmp_path / "River").mkdir(exist_ok=True)
-        (tmp_path / "River" / f"{name}.jpg").write_bytes(jpeg((9, 9, 9), side))
-    with pytest.raises(ValueError, match="expected images of one size"):
+def gray_jpeg():
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64), 9).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"2750/River/River_1.jpg": jpeg((9, 9, 9), 32)}, "expected images of one size"),
+        ({"2750/River/River_1.jpg": None}, "each of EuroSAT's ten classes .* none of River;"),
+        ({"2750/River/River_1.jpg": b"no"}, "a picture in .*River_1.jpg, got one that Pillow"),
+        ({"2750/River/River_1.jpg": jpeg((9, 9, 9))[:400]}, "River_1.jpg, got one that Pillow"),
+        ({"2750/River/River_1.jpg": gray_jpeg()}, "a picture in colors in .*, got mode L; take"),
+        ({"River.zip": b"no"}, "expected a zip in .*River.zip, got another file; fetch"),
+    ],
+)
+def test_wrong_files_of_eurosat_say_what_is_wrong(tmp_path, files, words):
+    write_eurosat(tmp_path, **files)
+    with pytest.raises(ValueError, match=words):
         load_local_images("eurosat/rgb", str(tmp_path))
 
 
-def test_kuzushiji_is_read_from_its_own_files_and_the_training_part_comes_first(tmp_path):
-    def write(part, count, labels):
-        np.savez(tmp_path / f"kmnist-{part}-imgs.npz", np.full((count, 28, 28), count, np.uint8))
-        np.savez(tmp_path / f"kmnist-{part}-labels.npz", np.arange(labels, dtype=np.uint8))
+def test_images_of_another_size_than_the_networks_are_refused(tmp_path):
+    """Networks fit any size: 32 x 32 files would train, and say nothing about EuroSAT."""
+    write_eurosat(tmp_path, **{f"2750/{n}/{n}_1.jpg": jpeg((9, 9, 9), 32) for n in EUROSAT_CLASSES})
+    with pytest.raises(
+        ValueError, match=r"expected images of .*\(64, 64, 3\) .* got \(32, 32, 3\)"
+    ):
+        train.load("eurosat/rgb", str(tmp_path))
 
+
+def write_kmnist(folder, part="train", images=None, labels=None):
+    images = np.zeros((6, 28, 28), np.uint8) if images is None else images
+    labels = np.arange(len(images), dtype=np.uint8) if labels is None else labels
+    np.savez(folder / f"kmnist-{part}-imgs.npz", images)
+    np.savez(folder / f"kmnist-{part}-labels.npz", labels)
+
+
+def test_kuzushiji_is_read_from_its_own_files_and_the_training_part_comes_first(tmp_path):
     assert load_local_images("kmnist", str(tmp_path)) is None
     assert load_local_images("kmnist", None) is None
     assert load_local_images("mnist", str(tmp_path)) is None  # TFDS's business
-    write("test", 4, 4)
+    write_kmnist(tmp_path, "test", np.zeros((4, 28, 28), np.uint8))
     found = load_local_images("kmnist", str(tmp_path))
     assert found.images.shape == (4, 28, 28)
     assert found.labels.dtype == np.int32
-    write("train", 6, 6)
+    write_kmnist(tmp_path)
     assert len(load_local_images("kmnist", str(tmp_path)).labels) == 6
-    write("train", 6, 5)
-    with pytest.raises(ValueError, match="expected one label for each image"):
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"labels": np.zeros(5, np.uint8)}, "expected one label for each image"),
+        ({"labels": np.zeros((6, 1), np.uint8)}, r"shape \(n\) in .*labels.npz, got \(6, 1\)"),
+        ({"labels": np.full(6, 48, np.uint8)}, "labels 0 to 9 in .*, got 48; .*Kuzushiji-49"),
+        ({"labels": np.zeros(6)}, "type uint8 in .*labels.npz, got float64"),
+        ({"images": np.zeros((6, 32, 32), np.uint8)}, r"shape \(n, 28, 28\) .* got \(6, 32, 32\)"),
+        ({"images": np.zeros((6, 28, 28))}, "type uint8 in .*imgs.npz, got float64"),
+    ],
+)
+def test_wrong_arrays_of_kuzushiji_say_what_is_wrong(tmp_path, arrays, words):
+    write_kmnist(tmp_path, **arrays)
+    with pytest.raises(ValueError, match=words):
         load_local_images("kmnist", str(tmp_path))
+
+
+def test_wrong_files_of_kuzushiji_say_what_is_wrong(tmp_path):
+    path = tmp_path / "kmnist-train-imgs.npz"
+    write_kmnist(tmp_path)
+    np.savez(path, images=np.zeros((6, 28, 28), np.uint8))
+    with pytest.raises(ValueError, match=r"one array, arr_0, in .*imgs.npz, got .'images'.;"):
+        load_local_images("kmnist", str(tmp_path))
+    whole = path.read_bytes()
+    np.save(buffer := io.BytesIO(), np.zeros(3))
+    for content in (b"no", b"", whole[: len(whole) // 2], buffer.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected arrays .* in .*imgs.npz, got another file"):
+            load_local_images("kmnist", str(tmp_path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected .*imgs.npz beside kmnist-train-labels"):
+        load_local_images("kmnist", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("kmnist", "expected kmnist-.train,test.-.imgs,labels..npz, or TFDS's folder kmnist in"),
+        ("eurosat/rgb", "expected a zip, or folders by class, of .* or TFDS's folder eurosat/rgb"),
+        ("mnist", "expected TFDS's folder mnist in .* leave --data-dir away to download by TFDS"),
+    ],
+)
+def test_a_folder_without_the_set_is_no_reason_to_download(tmp_path, name, words):
+    with pytest.raises(FileNotFoundError, match=words):
+        train.load(name, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"expected .*nowhere"):
+        train.load(name, str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("set_", ["mnist/3.0.1", "eurosat/rgb/2.0.0"])
+def test_a_folder_of_tfds_is_read_by_tfds(tmp_path, monkeypatch, set_):
+    """It has the set, or another one: then TFDS downloads to it, as its users expect."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the extra `data` is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / set_).mkdir(parents=True)
+    (tmp_path / set_ / "dataset_info.json").write_text("{}")
+
+    class Source:
+        def __len__(self):
+            return 2
+
+        def __getitems__(self, keys):
+            return [{"image": np.full((28, 28, 1), key, np.uint8), "label": key} for key in keys]
+
+    asked = []
+    monkeypatch.setattr(
+        tfds, "data_source", lambda name, **keywords: asked.append((name, keywords)) or Source()
+    )
+    images, labels = load_tfds_images("mnist", "train", data_dir=str(tmp_path))
+    assert asked == [("mnist", {"split": "train", "data_dir": str(tmp_path)})]
+    assert images.shape == (2, 28, 28)
+    np.testing.assert_array_equal(labels, [0, 1])
 
 
 @pytest.mark.parametrize(

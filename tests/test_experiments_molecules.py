@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,22 @@ import pytest
 nn = pytest.importorskip("flax.linen", reason="the extra `experiments` is not installed")
 
 import jaxmtl  # noqa: E402
+from experiments.checkpoints import Checkpoint  # noqa: E402
 from experiments.claims import NO_DATA, VERDICTS  # noqa: E402
+from experiments.methods import entry  # noqa: E402
 from experiments.molecules import __main__ as molecules  # noqa: E402
 from experiments.molecules import data, qm9, report, train  # noqa: E402
 from experiments.molecules.methods import (  # noqa: E402
     GRADIENT_BALANCING,
+    LIBRARY,
     METHODS,
+    Known,
     make_direction,
     weights_of,
 )
 from experiments.molecules.networks import Graphs, MessagePassing, Network  # noqa: E402
 from experiments.molecules.published import DELTA_M, PUBLISHED  # noqa: E402
 from experiments.study import append_records  # noqa: E402
-from tests.methods import sweep  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("molecules")
 
@@ -201,26 +205,56 @@ def flat(tree, rows=()):
     return np.concatenate([np.reshape(x, (*rows, -1)) for x in jax.tree.leaves(tree)], axis=-1)
 
 
-@pytest.mark.parametrize("name", sweep(METHODS, ("upgrad", "pcgrad", "famo", "ldc_mtl")))
+@pytest.mark.parametrize("name", METHODS)
 def test_every_rule_takes_the_rows_of_the_network(problem, name):
-    params, losses, rows, *_ = problem
-    rule = METHODS[name].build(11, steps_per_epoch=3)
-    matrix = flat(rows["shared"], (11,)).astype(np.float64)
-    more = dict.fromkeys(METHODS[name].inputs, losses)
-    update, state = rule.update(
-        rows["shared"], rule.init(params["shared"]), params["shared"],
-        losses=losses, key=jax.random.key(0), **more,
-    )  # fmt: skip
-    update = flat(update)
-    assert np.isfinite(update).all()
-    assert np.linalg.norm(update) > 0
+    _, losses, rows, *_ = problem
+    matrix = flat(rows["shared"], (11,))  # one leaf: less to compile
+    rule = METHODS[name].build(11, Known(3))
+
+    def update(rows, losses):
+        more = dict.fromkeys(METHODS[name].method.inputs, losses)
+        key = jax.random.key(0)
+        return rule.update(rows, rule.init(rows[0]), rows[0], losses=losses, key=key, **more)
+
+    moved, state = jax.jit(update)(matrix, losses)
+    moved, matrix = np.asarray(moved, np.float64), matrix.astype(np.float64)
+    assert np.isfinite(moved).all()
+    assert np.linalg.norm(moved) > 0
     assert state.mtl_skipped == 0
-    weights = np.asarray(weights_of(state)["weights"], np.float64)
-    if name != "aligned_mtl":  # its scale is apart
-        np.testing.assert_allclose(update, weights @ matrix, rtol=1e-3, atol=1e-4)
+    if name != "aligned_mtl" and "weights" in weights_of(state):  # the scale of that one is apart
+        weights = np.asarray(weights_of(state)["weights"], np.float64)
+        np.testing.assert_allclose(moved, weights @ matrix, rtol=1e-3, atol=1e-4)
     if name in ("mgda", "upgrad", "nash_mtl", "imtl_g"):  # no loss rises
-        along = matrix @ update
+        along = matrix @ moved
         assert along.min() > -1e-3 * np.abs(along).max()
+
+
+@pytest.mark.parametrize("name", ["famo", "gradnorm", "upgrad"])
+def test_a_compiled_step_of_each_route(problem, name):
+    _, _, _, part, _ = problem
+    network, index = Network(11, 2), jnp.arange(8)
+    losses_of, entry = train.make_losses(network), METHODS[name]
+    params = network.init(jax.random.key(0), train.graphs_of(part, index))["params"]
+    init, direction = make_direction(entry, 11, 3)
+
+    def step(params, state, part):
+        more = dict.fromkeys(entry.method.inputs, jnp.ones(11))
+        losses, grads, state = direction(
+            lambda params: losses_of(params, (part,), (index,), jnp.arange(11)),
+            params, state, key=jax.random.key(0), **more,
+        )  # fmt: skip
+        return losses, jax.tree.map(lambda x, g: x - 0.05 * g, params, grads), state
+
+    step, state, found, before = jax.jit(step), init(params), [], params
+    for _ in range(5):
+        losses, params, state = step(params, state, part)
+        found.append(np.asarray(losses))
+    assert np.isfinite(found).all()
+    assert found[-1].sum() < found[0].sum()
+    moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, params)
+    assert all(jax.tree.leaves(moved["heads"]))
+    assert np.mean(jax.tree.leaves(moved["shared"])) > 0.9
+    assert weights_of(state)["weights"].shape == (11,)
 
 
 def test_a_rule_moves_the_shared_part_and_heads_their_own():
@@ -238,15 +272,59 @@ def test_a_rule_moves_the_shared_part_and_heads_their_own():
     np.testing.assert_allclose(update["shared"], [1.92, 1.44], rtol=1e-5)
     np.testing.assert_allclose(update["heads"], [6, 10], rtol=1e-6)
     # A rule of the losses alone weighs the heads too.
-    weighted = METHODS["dwa"]._replace(make=lambda m, **_: jaxmtl.linear_scalarization([2.0, 1.0]))
+    weighted = entry(LIBRARY["linear_scalarization"].using(weights=[2.0, 1.0]))
     init, direction = make_direction(weighted, 2, 5)
     _, update, _ = direction(losses_fn, params, init(params))
     np.testing.assert_allclose(update["shared"], [6, 4], rtol=1e-6)
     np.testing.assert_allclose(update["heads"], [12, 10], rtol=1e-6)
 
 
+def test_imtl_weighs_heads_by_the_scales_of_their_losses():
+    params = {"shared": jnp.array([1.0, -6.2]), "heads": jnp.array([3.0, 5.0])}
+
+    def losses_fn(params):
+        x, heads = params["shared"], params["heads"]
+        return jnp.array([3.0 * x[0] + heads[0] ** 2, 4.0 * x[1] + heads[1] ** 2])
+
+    init, direction = make_direction(METHODS["imtl"], 2, 5)
+    state = init(params)
+    for _ in range(2):
+        scales = np.exp(np.asarray(state[0].inner.values, np.float64))
+        _, update, state = direction(losses_fn, params, state)
+        np.testing.assert_allclose(update["heads"], scales * [6, 10], rtol=1e-6)
+        # Equal projections on (3, 0) and (0, 4): weights of the scaled rows by 1 / length.
+        lengths = scales * [3, 4]
+        expected = scales * (1 / lengths) / np.sum(1 / lengths)
+        np.testing.assert_allclose(weights_of(state)["weights"], expected, rtol=1e-5)
+    assert np.ptp(scales) > 1e-3  # losses 12 and 0.2: one scale falls, one rises
+
+
+def test_gradnorm_reads_the_last_shared_layer():
+    params = {
+        "shared": {"atoms": jnp.array([2.0]), "features": jnp.array([1.0, 1.0])},
+        "heads": jnp.array([3.0, 5.0]),
+    }
+
+    def losses_fn(params):
+        a, x = params["shared"]["atoms"][0], params["shared"]["features"]
+        return params["heads"] * jnp.array([x[0] + 100 * a, 2 * x[1] + 100 * a])
+
+    init, direction = make_direction(METHODS["gradnorm"], 2, 5)
+    state = init(params)
+    _, update, state = direction(losses_fn, params, state)
+    np.testing.assert_allclose(update["shared"]["features"], [3, 10], rtol=1e-6)  # weights of 1
+    _, update, state = direction(losses_fn, params, state)
+    # Norms 3 and 10 of that layer alone: w by SGD of 0.025 on |3 - 6.5| + |10 - 6.5|, then sum 2.
+    w = np.array([1 + 0.025 * 3, 1 - 0.025 * 10])
+    w *= 2 / w.sum()
+    np.testing.assert_allclose(weights_of(state)["weights"], w, rtol=1e-5)
+    np.testing.assert_allclose(update["shared"]["features"], w * [3, 10], rtol=1e-5)
+    np.testing.assert_allclose(update["shared"]["atoms"], [w @ [300, 500]], rtol=1e-5)
+    np.testing.assert_allclose(update["heads"], w * [201, 202], rtol=1e-5)
+
+
 def test_ldc_has_the_numbers_of_its_code_for_qm9():
-    rule = METHODS["ldc_mtl"].build(3, steps_per_epoch=2)
+    rule = METHODS["ldc_mtl"].build(3, Known(2))
     state = rule.init(jnp.zeros(2))
     logits = np.asarray(state.inner.router.values["logits"], np.float64)
     assert ((logits >= 0.2) & (logits <= 1)).all()
@@ -321,6 +399,44 @@ def test_the_rate_falls_as_pytorchs_does():
     assert factors[-1] == pytest.approx(0.6)  # and not 0.49
 
 
+def test_a_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "QUICK", {})  # compiled as other tests are
+    split = data.make_up(data.RIMP2_TASKS, 40, 1)
+    options = train.Options("rimp2", 2, 3, 8, 1, learning_rate=0.05, made_up=40)
+
+    def run(name, say):
+        checkpoint = Checkpoint(tmp_path / name, options)
+        return train.train(options, "famo", 0, split, checkpoint, say, np.ones(11))
+
+    def stop(message, steps=1):
+        if "epoch 2/3" in message:
+            raise InterruptedError
+
+    whole = run("whole.npz", lambda *_: None)
+    with pytest.raises(InterruptedError):
+        run("cut.npz", stop)
+    said = []
+    resumed = run("cut.npz", lambda message, steps=1: said.append((message, steps)))
+    assert said[0] == ("famo: resumed after 2 epochs", 2)
+    assert len(said) == 2
+    times = {"seconds", "cpu_seconds_per_step"}
+    assert all(0 <= record[key] < 600 for record in (whole, resumed) for key in times)
+    assert {k: v for k, v in resumed.items() if k not in times} == {
+        k: v for k, v in whole.items() if k not in times
+    }
+    assert set(whole["history"]) == {
+        *("train_loss", "weights", "validation_mae", "test_mae", "value", "rate")
+    }
+    with np.load(tmp_path / "whole.npz") as a, np.load(tmp_path / "cut.npz") as b:
+        for leaf in set(a.files) - {"about"}:
+            np.testing.assert_array_equal(a[leaf], b[leaf])
+    other = replace(options, epochs=5)
+    with pytest.raises(SystemExit, match="drop --resume"):
+        train.train(
+            other, "famo", 0, split, Checkpoint(tmp_path / "cut.npz", other), lambda *_: None
+        )
+
+
 # --- the study ------------------------------------------------------------------------------------
 
 
@@ -367,6 +483,7 @@ def check_run(records, methods):
 @pytest.mark.slow
 def test_a_smoke_run_trains_a_network_a_task_then_the_methods(smoke):
     check_run(records_in(smoke), ["ldc_mtl"])
+    assert not list((smoke / "molecules").glob("checkpoints/*"))  # all are recorded
 
 
 @pytest.mark.slow
@@ -466,7 +583,8 @@ def test_one_seed_has_to_be_ahead_by_a_margin():
 def test_published_rows_give_the_published_delta_m():
     single = np.array(PUBLISHED["single_task"])
     assert set(PUBLISHED) == {"single_task", *DELTA_M}
-    assert set(DELTA_M) == set(METHODS) - {"aligned_mtl", "upgrad"}
+    others = {"aligned_mtl", "upgrad", "gls", "imtl_l", "imtl", "stch", "gradnorm", "db_mtl"}
+    assert set(DELTA_M) == set(METHODS) - others
     for name, value in DELTA_M.items():
         ours = report.drop(np.array(PUBLISHED[name]), single)
         if name == "ldc_mtl":
@@ -597,17 +715,38 @@ def test_the_real_molecules_have_eleven_targets_without_composition(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "words"),
+    ("changed", "words"),
     [
-        ({"mulliken": None}, ValueError, "expected arrays .'mulliken'."),
-        ({"positions": np.zeros((40, 6, 2))}, ValueError, "expected positions of shape .40, 6, 3."),
-        ({"keys": np.array(["x", *KEYS[1:]])}, ValueError, "expected the properties .'nuclear"),
+        ({"mulliken": None}, "expected arrays .'mulliken'."),
+        ({"positions": np.zeros((40, 6, 2))}, "expected positions of shape .40, 6, 3."),
+        ({"numbers": np.ones(40, np.int8)}, "expected numbers with 2 axes in .* shape .40,."),
+        ({"keys": np.array(["x", *KEYS[1:]])}, "expected the properties .'nuclear"),
+        ({"numbers": np.ones((40, 6))}, "expected numbers of integers in .*, got float64"),
+        ({"positions": np.zeros((40, 6, 3), int)}, "expected positions of floats .*, got int64"),
+        ({"mulliken": np.full((40, 6), "x")}, "expected mulliken of floats in .*, got <U1"),
+        ({"numbers": np.full((40, 6), 14)}, r"numbers of H, C, N, O and F, .*, got \[14\]"),
+        ({"numbers": np.tile([1, 0, 1, 1, 0, 0], (40, 1))}, "expected the atoms .* first"),
+        ({"numbers": np.zeros((40, 6), int)}, "expected the atoms of every molecule first"),
+        ({"properties": np.full((40, 10), np.nan)}, "expected finite properties in"),
+        ({"mulliken": np.full((40, 6), np.inf)}, "expected finite mulliken in"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, changed, error, words):
+def test_a_wrong_file_says_what_is_wrong(tmp_path, changed, words):
     write_rimp2(tmp_path, **changed)
-    with pytest.raises(error, match=words):
+    with pytest.raises(ValueError, match=words):
         data.load_rimp2(tmp_path)
+
+
+def test_a_broken_file_says_what_is_wrong(tmp_path):
+    write_rimp2(tmp_path)
+    with pytest.raises(ValueError, match=r"expected at least 50 molecules .* 5 sizes .* got 40"):
+        data.load_rimp2(tmp_path, 5)
+    path = tmp_path / "qm9_rimp2_10k.npz"
+    whole = path.read_bytes()
+    for content in (b"no", b"", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"expected arrays .* in .*10k.npz, got another file"):
+            data.load_rimp2(tmp_path)
 
 
 def test_a_missing_file_says_which_and_where(tmp_path):
@@ -641,7 +780,7 @@ def write_skipped(folder, numbers):
     (folder / "uncharacterized.txt").write_text("\n".join(lines) + "\n")
 
 
-def write_sdf(folder, *, kind=None, symbol=None, rows=12, column="u0_atom"):
+def write_sdf(folder, *, kind=None, symbol=None, rows=12, column="u0_atom", ends=None):
     blocks = []
     for i, name in enumerate(TWELVE):
         (numbers, positions), bonds = FOUR[name], BONDS[name]
@@ -650,7 +789,9 @@ def write_sdf(folder, *, kind=None, symbol=None, rows=12, column="u0_atom"):
         for z, x in zip(numbers, positions, strict=True):
             cells = "".join(f"{value:10.4f}" for value in x)
             lines.append(f"{cells} {symbol or SYMBOL[z]:<3} 0  0  0  0  0  0")
-        lines += [f"{a + 1:3d}{b + 1:3d}{kind or k:3d}  0  0  0  0" for a, b, k in bonds]
+        for a, b, k in bonds:
+            first, second = ends or (a + 1, b + 1)
+            lines.append(f"{first:3d}{second:3d}{kind or k:3d}  0  0  0  0")
         blocks.append("\n".join([*lines, "M  END", "$$$$\n"]))
     (folder / "gdb9.sdf").write_text("".join(blocks))
     header = "mol_id,A,B,C,mu,alpha,homo,lumo,gap,r2,zpve,u0,u298,h298,g298,cv," + (
@@ -774,16 +915,26 @@ def test_wrong_files_of_qm9_say_what_is_wrong(tmp_path):
         ({"kind": 5}, "bonds of types 1 to 4 as molecule 1 of .*bond of type 5"),
         ({"symbol": "Si"}, "V2000 block of H, C, N, O, F .*KeyError"),
         ({"column": "u0"}, "expected columns .'u0_atom'."),
+        ({"ends": (1, 9)}, "as molecule 1 of .*bond of atoms 1 and 9 of 3"),
+        ({"ends": (0, 1)}, "as molecule 1 of .*bond of atoms 0 and 1 of 3"),
     ):
         write_sdf(tmp_path, **keywords)
         with pytest.raises(ValueError, match=words):
             qm9.load_qm9(tmp_path)
+    for name in ("gdb9.sdf", "gdb9.sdf.csv", "uncharacterized.txt"):
+        write_sdf(tmp_path)
+        write_skipped(tmp_path, [])
+        (tmp_path / name).write_bytes(b"\xff\xfe\x81")
+        with pytest.raises(ValueError, match=f"expected text in .*{name}, got"):
+            qm9.load_qm9(tmp_path)
+    write_skipped(tmp_path, [])
     (tmp_path / "gdb9.sdf.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected gdb9.sdf.csv beside gdb9.sdf"):
         qm9.load_qm9(tmp_path)
     for i, (keywords, words) in enumerate(
         (
             ({"values": lambda i: VALUES[:-1]}, "expected the number of atoms, 15 properties"),
+            ({"values": lambda i: VALUES * np.nan}, "15 properties .*not finite"),
             ({"symbol": "Si"}, "expected the number of atoms, 15 properties .*KeyError"),
             ({"name": "dsgdb9nsd_x{}.xyz"}, "expected a number in the name of"),
         )
@@ -798,11 +949,12 @@ def test_wrong_files_of_qm9_say_what_is_wrong(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_the_network(name):
+def test_every_method_trains_the_network(name, tmp_path):
     split = data.make_up(data.RIMP2_TASKS, 100, 2)
     options = train.Options("rimp2", 4, 4, 20, 2, learning_rate=1e-2, made_up=100)
     baseline = np.ones(11)
-    record = train.train(options, name, 0, split, lambda message: None, baseline)
+    checkpoint = Checkpoint(tmp_path / "run.npz", options)
+    record = train.train(options, name, 0, split, checkpoint, lambda *_: None, baseline)
     losses = np.array(record["history"]["train_loss"])
     assert np.isfinite(losses).all()
     assert losses[-1].mean() < losses[0].mean()

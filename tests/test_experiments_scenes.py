@@ -5,6 +5,7 @@ import json
 import shutil
 import zipfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -385,19 +386,24 @@ def tiny(dataset, network=None, **given):
 FLOPS = {}  # of programs that were compiled
 
 
-@pytest.fixture(scope="module")
-def mtan():
-    """A tiny MTAN on made-up NYUv2: what a rule gets, compiled once."""
-    options = tiny("nyuv2")
-    benchmark = BENCHMARKS["nyuv2"]
+@cache
+def rows_of(dataset, network):
+    """A tiny network on made-up scenes: what a rule gets, compiled once."""
+    options, benchmark = tiny(dataset, network), BENCHMARKS[dataset]
     model = Model(network_of(options, benchmark.tasks), benchmark.tasks)
     raw = data.make_up(benchmark, 2, options.size).arrays
     params, stats = make_init(model.network)(jax.random.key(0))
     batch = data.prepare(raw)
     compiled = jax.jit(model.rows).lower(params, stats, batch).compile()
-    FLOPS["rows"] = compiled.cost_analysis()["flops"]
+    FLOPS[network] = compiled.cost_analysis()["flops"]
     (losses, new), jacobian = compiled(params, stats, batch)
     return model, params, stats, batch, losses, new, jacobian
+
+
+@pytest.fixture(scope="module")
+def mtan():
+    """A tiny MTAN."""
+    return rows_of("nyuv2", "mtan")
 
 
 @pytest.mark.slow
@@ -411,7 +417,7 @@ def test_rows_are_the_gradients_of_the_losses(mtan):
         return model.losses(params, stats, batch), jax.jacrev(losses_of)(params)
 
     compiled = jax.jit(dense).lower(params, stats, batch).compile()
-    assert FLOPS["rows"] < 0.55 * compiled.cost_analysis()["flops"]  # one pass forward, own towers
+    assert FLOPS["mtan"] < 0.55 * compiled.cost_analysis()["flops"]  # one pass forward, own towers
     (expected, expected_stats), jac = compiled(params, stats, batch)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), jacobian, jac)
@@ -427,45 +433,54 @@ def test_rows_are_the_gradients_of_the_losses(mtan):
 
 
 ROWS = [name for name, entry in METHODS.items() if entry.route != "features"]
+COLUMNS = 80_000  # as many as the largest network has: each rule is compiled once for all
 
 
-def test_every_method_takes_the_same_jacobian(mtan):
-    _, _, _, _, losses, _, jacobian = mtan
+@cache
+def rule_on_rows(name):
+    """A rule of three tasks as a compiled function of rows and losses."""
+    aggregator = METHODS[name].build(3, Known("nyuv2", 6, optax.constant_schedule(1e-3)))
+
+    def update(rows, losses):
+        params = rows[0]
+        extra = {"key": jax.random.key(0), "previous_batch_losses": jnp.zeros(3)}
+        state = aggregator.init(params)
+        return aggregator.update(rows, state, params, losses=losses, **extra)[0]
+
+    return jax.jit(update)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "network"),
+    [("nyuv2", "mtan"), ("nyuv2", "segnet"), ("nyuv2", "cross_stitch"), ("cityscapes3", "pspnet")],
+)
+def test_every_method_takes_the_same_jacobian(dataset, network):
+    _, _, _, _, losses, _, jacobian = rows_of(dataset, network)
     shared = {name: rows for name, rows in jacobian.items() if not name.startswith("heads")}
     flat = np.concatenate([np.reshape(x, (3, -1)) for x in jax.tree.leaves(shared)], axis=1)
-    rows, params = jnp.asarray(flat), jnp.zeros(flat.shape[1])  # one leaf: less to compile
-    known = Known("nyuv2", 6, optax.constant_schedule(1e-3))
+    assert np.isfinite(flat).all()
+    assert np.linalg.norm(flat, axis=1).all()
+    rows = jnp.asarray(np.pad(flat, ((0, 0), (0, COLUMNS - flat.shape[1]))))
     for name in ROWS:
-        aggregator = METHODS[name].build(3, known)
-        update, _ = aggregator.update(
-            rows,
-            aggregator.init(params),
-            params,
-            losses=losses,
-            key=jax.random.key(0),
-            previous_batch_losses=jnp.zeros(3),
-        )
-        moved = np.asarray(update)
+        padded = np.asarray(rule_on_rows(name)(rows, losses))
+        assert not padded[flat.shape[1] :].any(), name
+        moved = padded[: flat.shape[1]]
         assert np.isfinite(moved).all(), name
         assert moved.any(), name
         # Within the span of the rows, but for the one that chooses coordinate by coordinate.
         if name != "graddrop":
             weights, *_ = np.linalg.lstsq(flat.T, moved, rcond=None)
-            np.testing.assert_allclose(flat.T @ weights, moved, atol=1e-3 * abs(moved).max())
+            np.testing.assert_allclose(
+                flat.T @ weights, moved, atol=1e-3 * abs(moved).max(), err_msg=name
+            )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "aligned_mtl_ub",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("famo", "aligned_mtl", "gradnorm")),
-    ],
-)
-def test_a_compiled_step_of_each_route(mtan, name):
-    model, *_ = mtan
-    options = tiny("nyuv2")
-    raw = data.make_up(BENCHMARKS["nyuv2"], 2, options.size).arrays
-    training = make_training(options, model.tasks, METHODS[name], 2, raw)
+@pytest.mark.parametrize("name", ["famo", "aligned_mtl", "aligned_mtl_ub", "gradnorm"])
+def test_a_compiled_step_of_each_route(name):
+    options = tiny("nyuv2", "segnet")
+    benchmark = BENCHMARKS["nyuv2"]
+    raw = data.make_up(benchmark, 2, options.size).arrays
+    training = make_training(options, benchmark.tasks, METHODS[name], 2, raw)
     state = training.init(jax.random.key(0))
     before = jax.tree.map(np.asarray, state.params)
     state, log = training.step(state, raw, jax.random.split(jax.random.key(1)))

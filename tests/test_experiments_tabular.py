@@ -299,6 +299,119 @@ def test_sarcos_is_split_or_tested_on_the_published_rows(tmp_path):
         tables.load_sarcos(tmp_path)
 
 
+def test_wrong_files_of_sarcos_say_what_is_wrong(tmp_path):
+    rows, path = np.random.default_rng(1).normal(size=(30, 28)), tmp_path / "sarcos_inv_test.mat"
+    savemat(tmp_path / "sarcos_inv.mat", {"sarcos_inv": rows})
+    with pytest.raises(FileNotFoundError, match=r"expected sarcos_inv_test.mat beside sarcos_inv"):
+        tables.load_sarcos(tmp_path)
+    (tmp_path / "sarcos_inv.mat").unlink()
+    for name, values, words in (
+        ("x", rows, r"expected the variable sarcos_inv_test in .*mat, got \['x'\]"),
+        ("sarcos_inv_test", rows[:, 1:], "expected 21 inputs and 7 targets .* shape .30, 27."),
+        ("sarcos_inv_test", [["a"] * 28], "expected numbers as sarcos_inv_test in .*, got <U1"),
+        ("sarcos_inv_test", rows * np.inf, "expected finite numbers, or missing ones, in sarcos"),
+        ("sarcos_inv_test", rows[:4], "expected at least 5 rows .* in sarcos, got 4"),
+    ):
+        savemat(path, {name: values})
+        with pytest.raises(ValueError, match=words):
+            tables.load_sarcos(tmp_path)
+    savemat(path, {"sarcos_inv_test": rows})
+    whole = path.read_bytes()
+    for content in (b"no", b"", whole[:1000], b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"a file of MATLAB up to version 7.2 in .*_test.mat"):
+            tables.load_sarcos(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("no", "expected an ARFF file of numbers in .*wq.arff, got another one"),
+        ("", "expected an ARFF file of numbers in"),
+        ("@relation a\n@attribute a numeric\n@data\n1,2\n", "expected 16 inputs|expected an ARFF"),
+        ("@relation a\n@attribute a numeric\n@data\nx\n", "expected an ARFF file of numbers in"),
+        ("@relation a\n@attribute a string\n@data\n'x'\n", "expected an ARFF file of numbers in"),
+        ("@relation a\n@attribute b {0,1}\n@data\n1\n", "numeric attributes in .*, got b of type"),
+        ("@relation a\n@attribute a numeric\n@data\n1\n", "expected 16 inputs and 14 targets"),
+    ],
+)
+def test_wrong_multi_target_files_say_what_is_wrong(tmp_path, content, words):
+    (tmp_path / "wq.arff").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        tables.load_arff("water_quality", tmp_path)
+
+
+def test_broken_archives_of_tables_say_what_is_wrong(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(200, 72))
+    write_arff(tmp_path / "rf1.arff.gz", rows)
+    whole = (tmp_path / "rf1.arff.gz").read_bytes()
+    for content in (b"no", whole[: len(whole) // 2]):
+        (tmp_path / "rf1.arff.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"an ARFF file of numbers in .*rf1.arff.gz"):
+            tables.load_arff("rf1", tmp_path)
+        (tmp_path / "yeast.csv.gz").write_bytes(content)
+        (tmp_path / "census_income_kdd_train.csv.gz").write_bytes(content)
+        for load, name in ((tables.load_yeast, "yeast"), (tables.load_census, "census")):
+            words = f"expected (a table of text, compressed by gzip,|.* columns) in .*{name}"
+            with pytest.raises(ValueError, match=words):
+                load(tmp_path)
+
+
+def write_csv(path, rows):
+    with gzip.open(path, "wt", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+@pytest.mark.parametrize(
+    ("place", "cell", "words"),
+    [
+        (None, None, "expected 117 columns in line 3 of .*yeast.csv.gz, got 116"),
+        (5, "x", "expected finite numbers in .*yeast.csv.gz, got 'x'"),
+        (5, "nan", "expected finite numbers in .*yeast.csv.gz, got 'nan'"),
+        (-1, "2", "expected labels 0 and 1 in the last 14 columns of .*, got .2"),
+    ],
+)
+def test_a_wrong_yeast_says_what_is_wrong(tmp_path, monkeypatch, place, cell, words):
+    monkeypatch.setattr(tables, "YEAST_TRAIN", 2)
+    rows = [["name"] * 117, *([["1"] * 117] * 5)]
+    rows[2] = rows[2][:-1] if place is None else [*rows[2]]
+    if place is not None:
+        rows[2][place] = cell
+    write_csv(tmp_path / "yeast.csv.gz", rows)
+    with pytest.raises(ValueError, match=words):
+        tables.load_yeast(tmp_path)
+    write_csv(tmp_path / "yeast.csv.gz", [["1"] * 117] * 3)
+    with pytest.raises(ValueError, match=r"2 rows for training and others .* got 2 in all"):
+        tables.load_yeast(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "words"),
+    [
+        (0, "x", "expected finite numbers in column 1 of census_income_kdd in .*, got 'x'"),
+        (41, "no", "expected a label, with '-' in one of its values, in column 42"),
+        (7, "no", "expected a label, with 'Never married' in one of its values, in column 8"),
+        (None, None, "expected 42 columns in line 1 of .*kdd_train.csv.gz, got 41"),
+    ],
+)
+def test_a_wrong_census_says_what_is_wrong(tmp_path, monkeypatch, column, cell, words):
+    monkeypatch.setattr(tables, "CENSUS_TRAIN", 12)
+    rows = census_rows(18)
+    for row in rows:
+        if column is None:
+            del row[3]
+        else:
+            row[column] = cell
+    for part, chosen in (("train", rows[:12]), ("test", rows[12:])):
+        write_csv(tmp_path / f"census_income_kdd_{part}.csv.gz", chosen)
+    with pytest.raises(ValueError, match=words):
+        tables.load_census(tmp_path)
+    if column is not None:
+        write_csv(tmp_path / "census_income_kdd_test.csv.gz", rows[:0])
+        with pytest.raises(ValueError, match=r"expected 12 rows for training .* got 12 in all"):
+            tables.load_census(tmp_path)
+
+
 @pytest.mark.parametrize("folder", [None, "."])
 @pytest.mark.parametrize(
     ("load", "name"),

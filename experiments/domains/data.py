@@ -114,8 +114,12 @@ def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
             f"expected a list of images in {path}, got no such file; copy the folder data_txt of "
             "LibMTL's examples/office there, or pass --lists with where it is"
         )
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in {path}, got {error}; fetch the list anew") from None
     paths, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")

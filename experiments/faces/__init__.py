@@ -13,10 +13,11 @@ linear head. Adam with batches of 256, a rate of 0.001 that is multiplied by 0.3
 epoch, 15 epochs; results are those of the epoch of the best mean F1 on the validation part.
 
 A method by rows combines the gradients of the trunk, and every head gets its own; methods of the
-losses alone take one weighted backward pass. UB forms take the gradients at the trunk's output.
-Running averages of BatchNorm are state that no gradient reaches. delta_m is measured against
-networks of one attribute each, ours where all 40 are recorded, which come last, and those of the
-paper's code.
+losses alone take one weighted backward pass. UB forms take the gradients at the trunk's output,
+GradNorm their norms at the last shared layer. ``--timing`` takes every rule of the library but
+those that need two batches; with ``--resume`` only those that are not recorded yet. Running
+averages of BatchNorm are state that no gradient reaches. delta_m is measured against networks of
+one attribute each, ours where all 40 are recorded, which come last, and those of the paper's code.
 
 CelebA has not been at hand: there is no result on faces yet. The times at 40 tasks are in
 ``results/faces/notes.md``.

@@ -68,7 +68,7 @@ def load_celeba(data_dir: str | Path | None) -> Split:
     if root is None or (root / "celeb_a").is_dir():
         return _load_tfds(root)
     for path in (LABELS, PARTITION, IMAGES):
-        if not (root / path).exists():
+        if not ((root / path).is_dir() if path == IMAGES else (root / path).is_file()):
             raise FileNotFoundError(
                 f"expected {root / path}, got no such {'folder' if path == IMAGES else 'file'}; "
                 f"--data-dir is a folder with {LABELS}, {PARTITION} and {IMAGES}/*.jpg, unpacked, "

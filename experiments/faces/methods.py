@@ -1,4 +1,4 @@
-"""The methods of the paper's table and others, each with the route that it takes."""
+"""The methods of the paper's table and the library's others, each with the route that it takes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,6 +37,12 @@ def _ldc(**more: Any) -> Callable[..., Any]:
 
 _ALIGNED = Method(lambda m: jaxmtl.aligned_mtl(preference=jnp.ones(m), num_tasks=m))
 _BY_ROWS = ("mgda", "pcgrad", "cagrad", "imtl_g")
+# The library's other rules, as they are; those that need the gradients of two batches are not here.
+_OTHERS = (
+    *("gls", "imtl_l", "rgw", "tchebycheff", "cosmos", "pbi", "hypervolume_scalarization"),
+    *("imtl", "dual_proj", "gradvac", "conic_grad", "config", "dcgd", "dibs_mtl", "epo", "pcd"),
+    *("pmgda", "krum", "trimmed_mean", "graddrop", "bloop", "excess_mtl", "db_mtl"),
+)
 
 METHODS: dict[str, Entry] = {
     # The sum of the losses.
@@ -64,6 +70,11 @@ METHODS: dict[str, Entry] = {
     # At the features of the batch, which one pass backwards takes to the trunk.
     "mgda_ub": entry(LIBRARY["mgda"], "features"),
     "aligned_mtl_ub": entry(_ALIGNED, "features"),
+    **{name: entry(LIBRARY[name]) for name in _OTHERS},
+    # Its authors' code: four epochs of warm-up, a nadir from the one after.
+    "stch": entry(LIBRARY["stch"].using(form="code")._replace(asks=("steps_per_epoch",))),
+    # Norms of the gradients of the last shared layer.
+    "gradnorm": entry(LIBRARY["gradnorm"], "layer"),
 }
 # In the order of the paper's table.
 PAPER = (

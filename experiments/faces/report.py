@@ -42,7 +42,12 @@ from experiments.faces.timing import BASE, JACOBIAN
 from experiments.study import Record, Report, Table, read_records
 
 CELEBA = "celeba"  # the results file of the recipe of the paper
-COLORS = {"losses": "tab:blue", "features": "tab:green", "rows": "tab:orange"}
+COLORS = {
+    "losses": "tab:blue",
+    "layer": "tab:olive",
+    "features": "tab:green",
+    "rows": "tab:orange",
+}
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -208,6 +213,7 @@ def draw_times(times: Times, path: Path) -> None:
     for route, color in COLORS.items():
         label = {
             "losses": "of the losses alone",
+            "layer": "gradients of the last shared layer",
             "features": "gradients at the features",
             "rows": "gradients of the trunk",
         }[route]
@@ -244,6 +250,7 @@ def conclude_times(times: Times) -> str:
     }
     words = {
         "losses": "of the losses alone",
+        "layer": "at the last shared layer",
         "features": "at the features",
         "rows": "by rows",
     }

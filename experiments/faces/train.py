@@ -1,7 +1,7 @@
 """The training of one network by one method, and what is recorded of it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,7 @@ from experiments.faces.data import ATTRIBUTES, SIZE, Faces, Split
 from experiments.faces.methods import METHODS, SINGLE, Known
 from experiments.faces.networks import Network
 from experiments.images import minibatches
-from experiments.methods import Entry
+from experiments.methods import Entry, scaled_heads
 from experiments.study import Record, Say, config_of
 
 Params = Any  # {"shared": ..., "heads": ...}
@@ -205,11 +205,26 @@ def _rows_at_once(options: Options, m: int) -> Callable[..., Any]:
 
 
 def rule_on_rows(aggregator: Any, m: int) -> optax.GradientTransformationExtraArgs:
-    """Returns what a method by rows does: the trunk by the method, heads by their own gradients."""
-    return optax.partition(
+    """Returns what a method by rows does: the trunk by the method, heads by their own gradients.
+
+    Or by those times what the method gives heads.
+    """
+    both = optax.partition(
         {"shared": aggregator, "heads": jaxmtl.linear_scalarization(jnp.ones(m))},
         lambda params: {name: name for name in params},
     )
+
+    def update(rows: Params, state: Any, params: Params = None, **extra: Any) -> Any:
+        of_trunk = state.inner_states["shared"].inner_state
+        scaled = rows | {"heads": scaled_heads(aggregator, of_trunk, rows["heads"])}
+        return both.update(scaled, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(both.init, update)
+
+
+def in_last_shared_layer(path: Sequence[Any]) -> bool:
+    """Tells whether a parameter is in the last layer that all tasks share."""
+    return path[0].key == "shared" and path[1].key == "dense_1"
 
 
 def make_one_pass(model: Model, entry: Entry, aggregator: Any) -> Callable[..., Any]:
@@ -219,7 +234,8 @@ def make_one_pass(model: Model, entry: Entry, aggregator: Any) -> Callable[..., 
             model.losses_of_features, aggregator, encoder=model.encode, has_aux=True
         )
     else:
-        both = jaxmtl.value_and_grad(model.losses, aggregator, has_aux=True)
+        shared = in_last_shared_layer if entry.route == "layer" else None
+        both = jaxmtl.value_and_grad(model.losses, aggregator, shared=shared, has_aux=True)
 
     def one_pass(
         params: Params, rule: Any, stats: Stats, batch: Batch, columns: jax.Array, **extra: Any

@@ -45,7 +45,15 @@ NETWORKS = dict.fromkeys(("digits", "mnist", "fashion_mnist", "kmnist"), "mnist"
 
 @cache
 def load(dataset: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all training images (n, height, width, channels), normalized, and their labels."""
+    """Returns all training images (n, height, width, channels), normalized, and their labels.
+
+    Means and deviations of the channels are those of the images at hand: of a part of a set where
+    there is no more.
+
+    Raises:
+      FileNotFoundError: The set is not where it is looked for.
+      ValueError: Images have another size or type than those of the data set.
+    """
     if dataset == "digits":  # for smoke runs: they need no download
         images, labels = load_sklearn_digits("train")
         images = np.kron(images, np.ones((1, 2, 2), np.uint8))  # 8 x 8 is too little to convolve
@@ -53,6 +61,14 @@ def load(dataset: str, data_dir: str | None) -> tuple[np.ndarray, np.ndarray]:
         images, labels = load_local_images(dataset, data_dir) or load_tfds_images(
             dataset, "train", data_dir=data_dir
         )
+        expected = ARCHITECTURES[NETWORKS[dataset]].shape
+        found = (*images.shape[1:], 1)[:3]
+        if found != expected or images.dtype != np.uint8:
+            raise ValueError(
+                f"expected images of height, width and channels {expected} and type uint8 for "
+                f"{dataset}, got {found} and {images.dtype}; take the data set as published, or "
+                "pass another --data-dir"
+            )
     x = images.reshape(*images.shape[:3], -1).astype(np.float32) / 255
     return (x - x.mean(axis=(0, 1, 2))) / x.std(axis=(0, 1, 2)), labels
 

@@ -5,10 +5,12 @@
 
 The network passes messages along all pairs of atoms, by an edge network and a GRU, pools the atoms
 by Set2Set and has a linear head per property. A method combines the gradients of the shared part,
-and every head gets its own; rules of the losses alone take one weighted backward pass. Adam, batch
-120, the learning rate times 0.7 where delta_m on the validation molecules has not fallen for more
-than 5 epochs; results are those of the epoch of the best one. delta_m is measured against networks
-of one property each, which are trained first, one after the other, by the same recipe.
+and every head gets its own; rules of the losses alone, and GradNorm, which looks at the last shared
+layer, take one weighted backward pass. A training goes on after its last epoch under ``--resume``,
+from ``OUT/molecules/checkpoints``. Adam, batch 120, the learning rate times 0.7 where delta_m on
+the validation molecules has not fallen for more than 5 epochs; results are those of the epoch of
+the best one. delta_m is measured against networks of one property each, which are trained first,
+one after the other, by the same recipe.
 
 The first set has 10,000 of QM9's molecules with properties by another calculation, which can be run
 in hours on a CPU: width 32, 20 epochs. ``qm9`` is the benchmark of the papers, width 64 and 300

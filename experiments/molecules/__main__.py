@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import chain
 
 import numpy as np
 
+from experiments.checkpoints import Checkpoint
 from experiments.molecules.data import QM9_TASKS, RIMP2_TASKS, Split, load_rimp2, make_up
 from experiments.molecules.methods import METHODS, SINGLE
 from experiments.molecules.qm9 import load_qm9
@@ -29,8 +31,8 @@ REDUCED = (
 SMOKE_METHODS = ("linear_scalarization", "famo", "ldc_mtl", "upgrad")  # one of each way
 
 
-def part_of(name: str, args: argparse.Namespace) -> Part:
-    """Returns the runs on one source of molecules."""
+def part_of(name: str, args: argparse.Namespace) -> Iterator[Part]:
+    """Yields the runs on one source of molecules."""
     given = {
         key: value
         for key in ("epochs", "width", "batch_size")
@@ -43,6 +45,12 @@ def part_of(name: str, args: argparse.Namespace) -> Part:
     default = SMOKE_METHODS if args.smoke else REDUCED if name == "rimp2" else tuple(METHODS)
     methods = args.methods or (SINGLE, *default)
     seeds = range(args.seeds or 1)
+
+    finished: list[Checkpoint] = []
+
+    def checkpoint_of(method: str, seed: int, task: int | None) -> Checkpoint:
+        label = f"{name}-{method}-{seed}" + ("" if task is None else f"-{task}")
+        return Checkpoint(args.out / "molecules" / "checkpoints" / f"{label}.npz", options)
 
     @cache
     def split() -> Split:
@@ -60,7 +68,13 @@ def part_of(name: str, args: argparse.Namespace) -> Part:
                     f"against, got some or none; add {SINGLE} to --methods"
                 )
             baseline = np.asarray(found["validation_mae"])
-        return [train(options, method, seed, split(), say, baseline, task)]
+        checkpoint = checkpoint_of(method, seed, task)
+        if not args.resume:
+            checkpoint.remove()
+        record = train(options, method, seed, split(), checkpoint, say, baseline, task)
+        # The record is written before the checkpoint goes.
+        finished.append(checkpoint)
+        return [record]
 
     def jobs(results: Results) -> Iterator[Job]:
         done = {(r["method"], r["seed"], r["task"]) for r in results.records}
@@ -69,11 +83,15 @@ def part_of(name: str, args: argparse.Namespace) -> Part:
             for seed in seeds:
                 tasks = range(len(TASKS[name])) if method == SINGLE else (None,)
                 for task in tasks:
-                    if (method, seed, task) not in done:
+                    if (method, seed, task) in done:
+                        checkpoint_of(method, seed, task).remove()
+                    else:
                         label = f"{name} {method}" + ("" if task is None else f" {task + 1}")
                         yield Job(label, partial(run, method, seed, task, results), options.epochs)
 
-    return Part(name, jobs, [config_of(options)])
+    yield Part(name, jobs, [config_of(options)])
+    for checkpoint in finished:
+        checkpoint.remove()
 
 
 study = Study(
@@ -81,7 +99,7 @@ study = Study(
     commands=("--data-dir DIR --out experiments/results",),
     methods=(SINGLE, *METHODS),
     figures=("rimp2.png", "rimp2_weights.png"),
-    plan=lambda args: [part_of(name, args) for name in args.datasets],
+    plan=lambda args: chain.from_iterable(part_of(name, args) for name in args.datasets),
     report=report,
     claims=claims,
     options={

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.images import read_npz
+
 ELEMENTS = (1, 6, 7, 8, 9)
 NUM_FEATURES = 11
 MAX_ATOMS = 29
@@ -200,30 +202,79 @@ def load_rimp2(data_dir: str | Path | None, strata: int = 1) -> Split:
 
     Raises:
       FileNotFoundError: The file is not there.
-      ValueError: An array or a property is missing, or of another shape.
+      ValueError: An array or a property is missing, or of another shape, type or range.
     """
     name = "qm9_rimp2_10k.npz"
     path = Path(data_dir or "") / name
     if not data_dir or not path.exists():
         raise FileNotFoundError(_wanted(name, data_dir))
-    with np.load(path) as file:
-        arrays = {key: file[key] for key in file.files}
+    arrays = read_npz(path)
     missing = {"numbers", "positions", "mulliken", "properties", "keys"} - arrays.keys()
     if missing:
-        raise ValueError(f"expected arrays {sorted(missing)} in {path}, got {sorted(arrays)}")
-    numbers, positions = arrays["numbers"].astype(np.int64), arrays["positions"]
-    (n, a), keys = numbers.shape, [str(key) for key in arrays["keys"]]
+        raise ValueError(
+            f"expected arrays {sorted(missing)} in {path}, got {sorted(arrays)}; take the file as "
+            "published"
+        )
+    dims = {"numbers": 2, "keys": 1}
+    for key, dim in dims.items():
+        if arrays[key].ndim != dim:
+            raise ValueError(
+                f"expected {key} with {dim} axes in {path}, got the shape {arrays[key].shape}; "
+                "take the file as published"
+            )
+    (n, a), keys = arrays["numbers"].shape, [str(key) for key in arrays["keys"]]
     shapes = {"positions": (n, a, 3), "mulliken": (n, a), "properties": (n, len(keys))}
     for key, shape in shapes.items():
         if arrays[key].shape != shape:
-            raise ValueError(f"expected {key} of shape {shape} in {path}, got {arrays[key].shape}")
+            raise ValueError(
+                f"expected {key} of shape {shape} in {path}, got {arrays[key].shape}; take the "
+                "file as published"
+            )
+    for key, kinds in (
+        ("numbers", "iu"),
+        ("positions", "f"),
+        ("mulliken", "f"),
+        ("properties", "f"),
+    ):
+        if arrays[key].dtype.kind not in kinds:
+            kind = "integers" if kinds == "iu" else "floats"
+            raise ValueError(
+                f"expected {key} of {kind} in {path}, got {arrays[key].dtype}; take the file as "
+                "published"
+            )
+    numbers, positions = arrays["numbers"].astype(np.int64), arrays["positions"]
+    odd = sorted(set(np.unique(numbers).tolist()) - {0, *ELEMENTS})
+    if odd:
+        raise ValueError(
+            f"expected numbers of H, C, N, O and F, and 0 where there is no atom, in {path}, got "
+            f"{odd}; take the file as published"
+        )
+    if (numbers[:, 0] == 0).any() or (np.diff(numbers > 0, axis=1) & (numbers[:, 1:] > 0)).any():
+        raise ValueError(
+            f"expected the atoms of every molecule first in numbers of {path}, got zeros before "
+            "them; move the padding behind them"
+        )
+    present = numbers > 0
+    for key in ("positions", "mulliken", "properties"):
+        values = arrays[key] if key == "properties" else arrays[key][present]
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"expected finite {key} in {path}, got others; leave such molecules out"
+            )
+    if n < 10 * strata:
+        raise ValueError(
+            f"expected at least {10 * strata} molecules for parts of {strata} sizes in {path}, got "
+            f"{n}; take the file as published"
+        )
     wanted = (
         *("nuclear_repulsion", "kinetic", "virial", "final_energy", "scf_total"),
         *("dipole_mp2_relaxed_au", "homo", "lumo", "ref_binding"),
     )
     absent = [key for key in wanted if key not in keys]
     if absent:
-        raise ValueError(f"expected the properties {absent} in {path}, got {keys}")
+        raise ValueError(
+            f"expected the properties {absent} in {path}, got {keys}; take the file as published"
+        )
     of = {key: arrays["properties"][:, keys.index(key)] for key in wanted}
     charges = np.where(numbers > 0, arrays["mulliken"], np.nan)
     targets = [

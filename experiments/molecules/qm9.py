@@ -122,7 +122,7 @@ def skipped(folder: Path) -> set[int]:
             f"expected {path}, which is not there; it is figshare's file 3195404 and lists the "
             "molecules that every paper leaves out (an empty list needs its ten other lines)"
         )
-    lines = path.read_text().rstrip("\n").split("\n")[9:-1]
+    lines = _text(path).rstrip("\n").split("\n")[9:-1]
     return {int(_number(line.split()[:1], path)[0]) for line in lines}
 
 
@@ -137,8 +137,7 @@ def read_sdf(folder: Path) -> Iterator[Raw]:
             "MoleculeNet's qm9.zip"
         )
     out = skipped(folder)
-    with (folder / CSV).open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(_text(folder / CSV).splitlines()))
     atomization = ("u0_atom", "u298_atom", "h298_atom", "g298_atom")
     wanted = ("mu", "alpha", "homo", "lumo", "r2", "zpve", "cv", *atomization)
     absent = [name for name in wanted if rows and name not in rows[0]]
@@ -147,7 +146,7 @@ def read_sdf(folder: Path) -> Iterator[Raw]:
             f"expected columns {absent or list(wanted)} in {folder / CSV}, got "
             f"{list(rows[0]) if rows else 'no rows'}; take the file as published"
         )
-    blocks = (folder / SDF).read_text().rstrip().removesuffix("$$$$").split("$$$$\n")
+    blocks = _text(folder / SDF).rstrip().removesuffix("$$$$").split("$$$$\n")
     if len(blocks) != len(rows):
         raise ValueError(
             f"expected one row of {CSV} for each molecule of {SDF}, got {len(rows)} for "
@@ -170,12 +169,14 @@ def _parse_block(lines: Sequence[str], i: int, path: Path) -> tuple[Any, Any, An
         atoms, num_bonds = int(lines[3][:3]), int(lines[3][3:6])
         cells = [line.split() for line in lines[4 : 4 + atoms]]
         numbers = np.array([SYMBOLS[cell[3]] for cell in cells])
-        positions = np.array([cell[:3] for cell in cells], np.float64).reshape(atoms, 3)
+        positions = _finite(np.array([cell[:3] for cell in cells], np.float64)).reshape(atoms, 3)
         bonds = np.zeros((atoms, atoms), np.int8)
         for line in lines[4 + atoms : 4 + atoms + num_bonds]:
             first, second, kind = (int(line[start : start + 3]) for start in (0, 3, 6))
             if not 1 <= kind <= 4:
                 raise ValueError(f"bond of type {kind}")
+            if not (1 <= first <= atoms and 1 <= second <= atoms):
+                raise ValueError(f"bond of atoms {first} and {second} of {atoms}")
             bonds[first - 1, second - 1] = bonds[second - 1, first - 1] = kind
     except (ValueError, KeyError, IndexError) as error:
         raise ValueError(
@@ -208,12 +209,12 @@ def read_xyz(folder: Path) -> Iterator[Raw]:
 
 
 def _parse_xyz(path: Path) -> Raw:
-    lines = path.read_text().split("\n")
+    lines = _text(path).split("\n")
     try:
         atoms = int(lines[0])
         cells = [line.replace("*^", "e").split() for line in lines[2 : 2 + atoms]]
         numbers = np.array([SYMBOLS[cell[0]] for cell in cells])
-        positions = np.array([cell[1:4] for cell in cells], np.float64).reshape(atoms, 3)
+        positions = _finite(np.array([cell[1:4] for cell in cells], np.float64)).reshape(atoms, 3)
         values = _number(lines[1].split()[2:], path)
         value = dict(zip(PROPERTIES, values, strict=True))
     except (ValueError, KeyError, IndexError) as error:
@@ -275,8 +276,21 @@ def atomization_of(value: dict[str, float], numbers: np.ndarray) -> list[float]:
 
 def _number(cells: Iterable[str | None], path: Path) -> list[float]:
     try:
-        return [float(cell or "") for cell in cells]
+        return _finite(np.array([float(cell or "") for cell in cells])).tolist()
     except ValueError as error:
         raise ValueError(
             f"expected numbers in {path}, got {error}; take it as published"
         ) from error
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ValueError("a number that is not finite")
+    return values
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in {path}, got {error}; take it as published") from None

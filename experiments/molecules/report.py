@@ -366,7 +366,7 @@ def weight_curves(found: Found) -> dict[str, np.ndarray]:
         history = records[0]["history"]
         if method == "ldc_mtl":
             curves["LDC-MTL: its router (figure 5c)"] = np.array(history["router"], np.float64)
-        if method not in (EQUAL, "rlw"):
+        if method not in (EQUAL, "rlw") and "weights" in history:
             curves[method] = np.array(history["weights"], np.float64)
     return {
         name: weights / np.abs(weights).mean(axis=1, keepdims=True)

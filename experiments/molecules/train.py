@@ -13,6 +13,7 @@ import optax
 from jax import lax
 
 import jaxmtl
+from experiments.checkpoints import Checkpoint
 from experiments.molecules.data import Molecules, Split
 from experiments.molecules.methods import (
     METHODS,
@@ -101,8 +102,8 @@ def make_init(options: Options, m: int) -> Callable[[jax.Array, Graphs], Params]
 @cache  # the single tasks share one compiled program
 def make_epoch(options: Options, name: str, m: int, steps: int) -> tuple[Any, Any]:
     """Returns ``start(params) -> carry`` and one compiled epoch, a ``scan``."""
-    method = METHODS["linear_scalarization" if name == SINGLE else name]
-    init, direction = make_direction(method, m, steps)
+    entry = METHODS["linear_scalarization" if name == SINGLE else name]
+    init, direction = make_direction(entry, m, steps)
     losses_of, adam = make_losses(Network(m, options.width)), optax.scale_by_adam()
     size = options.batch_size // options.strata
 
@@ -116,7 +117,7 @@ def make_epoch(options: Options, name: str, m: int, steps: int) -> tuple[Any, An
         def step(carry: Carry, inputs: Any) -> tuple[Carry, Record]:
             batch, key = inputs
             extra = {}
-            if "previous_batch_losses" in method.inputs:
+            if "previous_batch_losses" in entry.method.inputs:
                 again = losses_of(carry.params, train, carry.previous, columns)
                 extra["previous_batch_losses"] = again
             losses, grads, state = direction(
@@ -176,6 +177,7 @@ def train(
     name: str,
     seed: int,
     split: Split,
+    checkpoint: Checkpoint,
     say: Say,
     baseline: np.ndarray | None = None,
     task: int | None = None,
@@ -187,6 +189,7 @@ def train(
       name: The method.
       seed: Decides initial parameters and minibatches, which all methods share.
       split: The molecules.
+      checkpoint: From which it goes on, and to which it writes after every epoch.
       say: Told after each epoch.
       baseline: (m,) validation errors of the single tasks, for delta_m. None: of one task alone.
       task: Its number.
@@ -200,34 +203,38 @@ def train(
     init_key, epoch_key = jax.random.split(jax.random.key(seed))
     first = graphs_of(parts[0][0], jnp.arange(1))
     params = make_init(options, m)(init_key, first)
-    carry = start(params)
     plateau = optax.contrib.reduce_on_plateau(
         **PLATEAU, min_scale=LEAST_RATE / options.learning_rate
     )
-    plateau_state, factor = plateau.init({"": jnp.zeros(())}), 1.0
-    history: list[Record] = []
-    begin, cpu = time.perf_counter(), 0.0
-    for number in range(options.epochs):
-        since = time.process_time()
-        rate = options.learning_rate * factor
+    fresh = start(params), plateau.init({"": jnp.zeros(())})
+    (carry, plateau_state), history = checkpoint.load(fresh)
+    label = name if task is None else f"{name}, {split.tasks[task].name}"
+    what = "delta_m" if baseline is not None else "error"
+    if history:
+        say(f"{label}: resumed after {len(history)} epochs", len(history))
+    resumed = len(history)
+    for number in range(resumed, options.epochs):
+        begin, since = time.perf_counter(), time.process_time()
+        rate = options.learning_rate * float(plateau_state.scale)
         key = jax.random.fold_in(epoch_key, number)
         carry, metrics = epoch(carry, jnp.float32(rate), key, jnp.asarray(columns), parts[0])
         carry = jax.block_until_ready(carry)
-        if number:  # the first one compiles
-            cpu += time.process_time() - since
+        cpu = time.process_time() - since
         of_part = (evaluate(carry.params, jnp.asarray(columns), part) for part in parts[1:])
         validation, test = (scale * np.asarray(errors, np.float64) for errors in of_part)
         value = float(validation[0]) if baseline is None else delta_m(validation, baseline)
         history.append(
             {name: np.asarray(values).tolist() for name, values in metrics.items()}
             | {"validation_mae": validation.tolist(), "test_mae": test.tolist()}
-            | {"value": value, "rate": rate}
+            | {"value": value, "rate": rate, "seconds": time.perf_counter() - begin}
+            | {"cpu_seconds": cpu if number > resumed else None}  # the first one compiles
         )
-        factor, plateau_state = next_rate(plateau, plateau_state, value)
-        label = name if task is None else f"{name}, {split.tasks[task].name}"
-        what = "delta_m" if baseline is not None else "error"
+        _, plateau_state = next_rate(plateau, plateau_state, value)
+        checkpoint.save((carry, plateau_state), history)
         say(f"{label}, epoch {number + 1}/{options.epochs}: validation {what} {value:.4g}")
     best = int(np.argmin([h["value"] if np.isfinite(h["value"]) else np.inf for h in history]))
+    cpus = [h["cpu_seconds"] for h in history if h["cpu_seconds"] is not None]
+    kept = [key for key in history[0] if key not in ("seconds", "cpu_seconds")]
     return {
         "method": name,
         "seed": seed,
@@ -236,9 +243,9 @@ def train(
         "best_epoch": best + 1,
         "validation_mae": rounded(history[best]["validation_mae"]),
         "test_mae": rounded(history[best]["test_mae"]),
-        "seconds": round(time.perf_counter() - begin, 1),
-        "cpu_seconds_per_step": rounded(cpu / max((options.epochs - 1) * steps, 1)),
-        "history": {key: [rounded(h[key]) for h in history] for key in history[0]},
+        "seconds": round(sum(h["seconds"] for h in history), 1),
+        "cpu_seconds_per_step": rounded(sum(cpus) / max(len(cpus) * steps, 1)),
+        "history": {key: [rounded(h[key]) for h in history] for key in kept},
     }
 
 

@@ -8,6 +8,8 @@ flow RF1, water quality) come from a folder alone.
 
 import csv
 import gzip
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +22,13 @@ import numpy as np
 INCOME, MARITAL, WEIGHT = 41, 7, 24
 CONTINUOUS = (0, 5, 16, 17, 18, 30, 39)
 MONEY = (5, 16, 17, 18)  # mostly 0, else up to 99,999
+CENSUS_COLUMNS = 42
 CENSUS_TRAIN = 199_523  # rows of the donors' training file, which comes first
 CENSUS_TASKS = ("income", "never married")
 
 YEAST_TRAIN = 1_500  # rows of the first users' training set
 YEAST_TASKS = tuple(f"class {i}" for i in range(1, 15))
+YEAST_COLUMNS = 103 + len(YEAST_TASKS)
 
 # Inputs come first, targets last, in the published files.
 RF1_TASKS = ("CHSI2", "NASI2", "EADM7", "SCLM7", "CLKM7", "VALI2", "NAPM7", "DLDI4")  # 48 h ahead
@@ -97,13 +101,36 @@ def load_census(data_dir: str | Path | None = None) -> Split:
 
     Raises:
       FileNotFoundError: A file is not in ``data_dir``.
+      ValueError: It is no table of 42 columns, too short, or of other contents.
     """
     if data_dir is None:
         columns = _openml_columns(_fetch(data_id=4535, target_column=None))
     else:
         names = ("census_income_kdd_train.csv.gz", "census_income_kdd_test.csv.gz")
-        columns = _text_columns(row for name in names for row in _read(Path(data_dir) / name))
+        columns = _text_columns(
+            row for name in names for row in _read(Path(data_dir) / name, CENSUS_COLUMNS)
+        )
+        _check_census(columns, Path(data_dir))
     return census_split(columns, CENSUS_TRAIN)
+
+
+def _check_census(columns: Sequence[Column], folder: Path) -> None:
+    n = len(columns[0].codes) if columns else 0
+    if n <= CENSUS_TRAIN + 1:
+        raise ValueError(
+            f"expected {CENSUS_TRAIN} rows for training and others behind them in {folder}, got "
+            f"{n} in all; take both files whole"
+        )
+    for i in CONTINUOUS:
+        for name in columns[i].names:
+            _number(name, f"column {i + 1} of census_income_kdd in {folder}")
+    for i, word in ((INCOME, "-"), (MARITAL, "Never married")):
+        if not any(word in name for name in columns[i].names) or len(columns[i].names) < 2:
+            raise ValueError(
+                f"expected a label, with {word!r} in one of its values, in column {i + 1} of "
+                f"census_income_kdd in {folder}, got {columns[i].names[:3]}; take the files of "
+                "Census-Income (KDD), without header"
+            )
 
 
 def census_split(columns: Sequence[Column], num_train: int) -> Split:
@@ -146,6 +173,7 @@ def load_yeast(data_dir: str | Path | None = None) -> Split:
 
     Raises:
       FileNotFoundError: The file is not in ``data_dir``.
+      ValueError: It is no table of 103 numbers and 14 labels, or too short.
     """
     if data_dir is None:
         bunch = _fetch(name="yeast", version=4)
@@ -153,9 +181,20 @@ def load_yeast(data_dir: str | Path | None = None) -> Split:
         target = np.asarray(bunch.target).astype(str)
         labels = np.isin(target, ("TRUE", "True", "1")).astype(np.float64)
     else:
-        rows = _read(Path(data_dir) / "yeast.csv.gz")
-        values = np.asarray(list(rows)[1:], np.float64)
+        path = Path(data_dir) / "yeast.csv.gz"
+        rows = list(_read(path, YEAST_COLUMNS))[1:]
+        if len(rows) <= YEAST_TRAIN:
+            raise ValueError(
+                f"expected a header, {YEAST_TRAIN} rows for training and others behind them in "
+                f"{path}, got {len(rows)} in all; take the file whole"
+            )
+        values = np.array([[_number(cell, path) for cell in row] for row in rows])
         numbers, labels = np.split(values, [-len(YEAST_TASKS)], axis=1)
+        if not np.isin(labels, (0, 1)).all():
+            raise ValueError(
+                f"expected labels 0 and 1 in the last {len(YEAST_TASKS)} columns of {path}, got "
+                f"{np.unique(labels[~np.isin(labels, (0, 1))])[:3]}; put the classes last"
+            )
     return yeast_split(numbers, labels, YEAST_TRAIN)
 
 
@@ -180,18 +219,18 @@ def load_sarcos(data_dir: str | Path | None = None) -> Split:
         rows are the published ones. (Many of these are known to be among the training rows.)
 
     Raises:
-      FileNotFoundError: The file is not there.
-      ValueError: It does not have 28 columns.
+      FileNotFoundError: The file of the test rows is not there.
+      ValueError: A file is no table of 28 columns of numbers under its own name.
     """
-    from scipy.io import loadmat
-
-    tables = []
-    for name in ("sarcos_inv_test", "sarcos_inv"):
-        path = Path(data_dir or "") / f"{name}.mat"
-        if data_dir and path.exists():
-            tables.append(np.asarray(loadmat(path)[name], np.float64))
-    if not tables:
-        raise FileNotFoundError(_wanted("sarcos_inv_test.mat", data_dir))
+    paths = [Path(data_dir or "") / f"{name}.mat" for name in ("sarcos_inv_test", "sarcos_inv")]
+    if not data_dir or not any(path.exists() for path in paths):
+        raise FileNotFoundError(_wanted(paths[0].name, data_dir))
+    if not paths[0].exists():
+        raise FileNotFoundError(
+            f"expected {paths[0].name} beside {paths[1].name} in {data_dir}, which is not there; "
+            "the published test rows are in it"
+        )
+    tables = [_read_mat(path) for path in paths if path.exists()]
     if len({table.shape[1] for table in tables}) > 1:
         raise ValueError(
             f"expected as many columns in both files of {data_dir}, got "
@@ -199,6 +238,33 @@ def load_sarcos(data_dir: str | Path | None = None) -> Split:
         )
     test, *training = tables
     return regression_split("sarcos", np.concatenate([*training, test]), len(test) * len(training))
+
+
+def _read_mat(path: Path) -> np.ndarray:
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    broken = (MatReadError, ValueError, TypeError, OSError, EOFError, NotImplementedError)
+    try:
+        with path.open("rb") as file:
+            found = loadmat(file)
+    except (*broken, IndexError, struct.error, zlib.error) as error:
+        raise ValueError(
+            f"expected a file of MATLAB up to version 7.2 in {path}, got another one ({error}); "
+            "fetch it anew"
+        ) from None
+    if path.stem not in found:
+        names = sorted(name for name in found if not name.startswith("__"))
+        raise ValueError(
+            f"expected the variable {path.stem} in {path}, got {names}; take the file as published"
+        )
+    values = np.asarray(found[path.stem])
+    if values.dtype.kind not in "fiu":
+        raise ValueError(
+            f"expected numbers as {path.stem} in {path}, got {values.dtype}; take the file as "
+            "published"
+        )
+    return values.astype(np.float64)
 
 
 def load_arff(dataset: str, data_dir: str | Path | None = None) -> Split:
@@ -212,17 +278,30 @@ def load_arff(dataset: str, data_dir: str | Path | None = None) -> Split:
 
     Raises:
       FileNotFoundError: The file is not there.
-      ValueError: It has another number of columns.
+      ValueError: It is no ARFF file of numbers, or has another number of columns.
     """
-    from scipy.io.arff import loadarff
+    from scipy.io.arff import ArffError, loadarff
 
     name = {"rf1": "rf1.arff", "water_quality": "wq.arff"}[dataset]
     paths = [Path(data_dir or "") / f"{name}{suffix}" for suffix in ("", ".gz")]
     path = next((path for path in paths if data_dir and path.exists()), None)
     if path is None:
         raise FileNotFoundError(_wanted(f"{name} or {name}.gz", data_dir))
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
-        rows, _ = loadarff(file)
+    broken = (ArffError, ValueError, IndexError, OSError, EOFError, zlib.error, StopIteration)
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+            rows, about = loadarff(file)
+    except (*broken, NotImplementedError) as error:
+        raise ValueError(
+            f"expected an ARFF file of numbers in {path}, got another one ({error or 'cut off'}); "
+            "fetch it anew"
+        ) from None
+    odd = [name for name in about.names() if about[name][0] != "numeric"]
+    if odd:
+        raise ValueError(
+            f"expected numeric attributes in {path}, got {odd[0]} of type {about[odd[0]][0]}; take "
+            "the file as published"
+        )
     return regression_split(dataset, np.asarray(rows.tolist(), np.float64))
 
 
@@ -238,7 +317,20 @@ def regression_split(dataset: str, values: np.ndarray, num_test: int = 0) -> Spl
             f"expected {inputs} inputs and {len(tasks)} targets in the columns of {dataset}, got "
             f"an array of shape {values.shape}; take the file as published"
         )
-    values = values[~np.isnan(values).any(axis=1)]
+    if np.isinf(values).any():
+        raise ValueError(
+            f"expected finite numbers, or missing ones, in {dataset}, got infinite ones; take the "
+            "file as published"
+        )
+    kept = ~np.isnan(values).any(axis=1)
+    if num_test:
+        num_test = int(kept[-num_test:].sum())
+    values = values[kept]
+    if len(values) - num_test < 5:
+        raise ValueError(
+            f"expected at least 5 rows without a missing value in {dataset}, got "
+            f"{len(values) - num_test}; take the file as published"
+        )
     order = np.random.default_rng(0).permutation(len(values) - num_test)
     test = np.arange(len(order), len(values))
     fifth = len(order) // 5
@@ -265,13 +357,36 @@ def _fetch(**which: Any) -> Any:
     return fetch_openml(**which, as_frame=False, parser="liac-arff")
 
 
-def _read(path: Path) -> Iterable[list[str]]:
+def _read(path: Path, num_columns: int) -> Iterable[list[str]]:
     if not path.exists():
         raise FileNotFoundError(
             f"expected {path}, which is not there; leave --data-dir away to download it"
         )
-    with gzip.open(path, "rt", newline="") as file:
-        yield from csv.reader(file, skipinitialspace=True)
+    try:
+        with gzip.open(path, "rt", newline="") as file:
+            for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
+                if len(row) != num_columns:
+                    raise ValueError(
+                        f"expected {num_columns} columns in line {number} of {path}, got "
+                        f"{len(row)}; take the file as published"
+                    )
+                yield row
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
+        raise ValueError(
+            f"expected a table of text, compressed by gzip, in {path}, got another file ({error}); "
+            "fetch it anew"
+        ) from None
+
+
+def _number(cell: str, where: str | Path) -> float:
+    try:
+        if np.isfinite(number := float(cell)):
+            return number
+    except ValueError:
+        pass
+    raise ValueError(
+        f"expected finite numbers in {where}, got {cell!r}; take the file as published"
+    )
 
 
 def _text_columns(rows: Iterable[list[str]]) -> list[Column]:
