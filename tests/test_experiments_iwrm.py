@@ -574,12 +574,14 @@ def test_svhn_is_not_runnable_until_it_has_records_and_rates_are_counted(tmp_pat
     append_records(tmp_path / "mnist.jsonl", [*tried, record_of("upgrad", 1, 0.1, 0.5)])
     made = iwrm_report.claims(tmp_path)
     assert [c.claim for c in made if c.verdict == NO_DATA] == [
-        "svhn_cropped: UPGrad is the best of eleven aggregators, DualProj better than the mean"
+        "svhn_cropped: UPGrad is the best of eleven aggregators, DualProj better than the mean",
+        "svhn_cropped: with Adam UPGrad beats the mean, by less than with SGD",
     ]
     assert made[0].differs.startswith(
         "seeds 1 in place of 8; a walk over 22 coarse rates in place of 72 but in 1 of 2 searches"
     )
-    append_records(tmp_path / "svhn.jsonl", tried)
+    for part in ("svhn", "adam_svhn"):
+        append_records(tmp_path / f"{part}.jsonl", tried)
     assert NO_DATA not in {c.verdict for c in iwrm_report.claims(tmp_path)}
 
 

@@ -20,26 +20,14 @@ an accelerator the full search maps the seeds.
 
 **Differs from** the paper, unless by ``--paper`` and ``--full-search``: fewer seeds but for MNIST,
 fewer aggregators with Adam and other batch sizes, and a search that walks over the same 22 coarse
-<<<<<<< HEAD
 rates to a minimum of the area instead of trying all 72 rates. Kuzushiji-MNIST (one seed, all 72
 rates) and EuroSAT run where ``--parts`` names them; SVHN, which needs TFDS, has not been trained.
 ``--data-dir`` may hold the publishers' own files of EuroSAT and Kuzushiji-MNIST
 (``experiments.images``) in place of TFDS's. The folder that made the results holds the first 10,000
-training images of CIFAR-10, the 10,000 test images of Kuzushiji-MNIST and 4,000 of EuroSAT's;
-subsets are drawn from these, and normalised by their mean and deviation. c of CAGrad is not stated:
-0.5. Loss curves are means over the batches of an epoch, without smoothing; the area is their mean.
-UPGrad and DualProj run as defined, with a ridge of 1e-4 of the Gramian's largest eigenvalue
-(``*_ridge_largest``), as the paper's code of the time has it, and of its trace (``*_ridge``), as
-TorchJD since 0.6.
-=======
-rates to a minimum of the area instead of trying all 72 rates. SVHN and EuroSAT are not trained yet,
-Kuzushiji-MNIST with one seed but for GradDrop: ``--parts`` names them. ``--data-dir`` may hold the
-publishers' own files of EuroSAT and Kuzushiji-MNIST (``experiments.images``) in place of TFDS's.
-The folder that made the results holds the first 10,000 training images of CIFAR-10 only; subsets
-are drawn from these. Of EuroSAT it holds 4,000 of 27,000 images, 400 of each class: means and
-deviations, by which images are normalized, are over these 4,000. c of CAGrad is not stated: 0.5.
-Loss curves are means over the batches of an epoch, without smoothing; the area is their mean. The
-ridge of ``*_ridge`` is a share of the Gramian's trace, as in TorchJD since 0.6, not of its largest
-eigenvalue, as at the paper's time.
->>>>>>> hB
+training images of CIFAR-10, the 10,000 test images of Kuzushiji-MNIST and 4,000 of EuroSAT's
+27,000, 400 of each class; subsets are drawn from these, and images normalized by their means and
+deviations. c of CAGrad is not stated: 0.5. Loss curves are means over the batches of an epoch,
+without smoothing; the area is their mean. UPGrad and DualProj run as defined, with a ridge of 1e-4
+of the Gramian's largest eigenvalue (``*_ridge_largest``), as the paper's code of the time has it,
+and of its trace (``*_ridge``), as TorchJD since 0.6.
 """

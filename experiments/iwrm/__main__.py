@@ -31,6 +31,7 @@ PAPER = {
     "svhn": Preset((Options("svhn_cropped", 25),), ALL, 8),
     "batch_size": Preset(tuple(Options("cifar10", 20, b) for b in (4, 64, 16)), FEW, 8),
     "adam": Preset((Options("cifar10", 15, optimizer="adam"),), ALL, 8),
+    "adam_svhn": Preset((Options("svhn_cropped", 20, optimizer="adam"),), ALL, 8),
 }
 # What takes one CPU core four hours.
 REDUCED = {
