@@ -1,5 +1,6 @@
 """Small image sets as arrays: scikit-learn's bundled digits, and whatever TFDS reads as images."""
 
+import io
 import os
 import zipfile
 import zlib
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
+
+# What Pillow and zip files raise for unknown kinds and for truncated or altered files.
+BROKEN = (OSError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Images(NamedTuple):
@@ -223,7 +227,7 @@ def _local_eurosat(folder: Path) -> Images | None:
         )
     images = []
     for *_, path in track(found, description="decoding EuroSAT"):
-        images.append(_picture(path))
+        images.append(_in_colors(path))
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
         raise ValueError(f"expected images of one size in {folder}, got {sizes}; leave others out")
@@ -231,23 +235,40 @@ def _local_eurosat(folder: Path) -> Images | None:
     return Images(np.stack(images), np.asarray(labels, np.int32))
 
 
-def _picture(path: Any) -> np.ndarray:
+def read_picture(
+    path: Any, encoded: bytes | None = None, advice: str = "fetch the file anew"
+) -> Any:
+    """Returns a picture of Pillow, decoded.
+
+    Args:
+      path: The file, a path of a folder or of a zip file, or a name for messages.
+      encoded: The bytes of the file; read from the path if not given.
+      advice: What a person whose file is broken can do.
+
+    Raises:
+      ValueError: The file is no picture, or only part of one.
+    """
     from PIL import Image
 
     try:
-        with path.open("rb") as file, Image.open(file) as picture:
+        data = path.read_bytes() if encoded is None else encoded
+        with Image.open(io.BytesIO(data)) as picture:
             picture.load()
-            mode, pixels = picture.mode, np.asarray(picture)
-    except (OSError, SyntaxError, zipfile.BadZipFile) as error:  # unknown kinds, truncated files
+    except BROKEN as error:
         raise ValueError(
-            f"expected a picture in {path}, got one that Pillow cannot read ({error}); fetch the "
-            "file anew"
+            f"expected a picture in {path}, got one that Pillow cannot read ({error}); {advice}"
         ) from None
-    if mode != "RGB":
+    return picture
+
+
+def _in_colors(path: Any) -> np.ndarray:
+    picture = read_picture(path)
+    if picture.mode != "RGB":
         raise ValueError(
-            f"expected a picture in colors in {path}, got mode {mode}; take EuroSAT's RGB images"
+            f"expected a picture in colors in {path}, got mode {picture.mode}; take EuroSAT's RGB "
+            "images"
         )
-    return pixels
+    return np.asarray(picture)
 
 
 def _is_tfds(folder: Path, name: str) -> bool:

@@ -969,6 +969,20 @@ def test_short_normals_are_undefined_and_others_of_length_1():
             lambda m: m.update({"depth/0003.png": picture(np.zeros((8, 12, 3), np.uint8))}),
             "8-bit picture of one channel",
         ),
+        (lambda m: m.update({"splits.json": b"{"}), "expected JSON in splits.json of .*nyu.zip"),
+        (lambda m: m.update({"splits.json": b"[1, 2]"}), "train and test in splits.json, got list"),
+        (
+            lambda m: m.update({"splits.json": b'{"train": ["0003"], "test": [2]}'}),
+            r"whole numbers for train in splits.json, got \['0003'\]",
+        ),
+        (
+            lambda m: m.update({"depth/0003.png": m["depth/0003.png"][:60]}),
+            "a picture in depth/0003.png, got one that Pillow cannot read .* the archive anew",
+        ),
+        (
+            lambda m: m.update({"label/0003.png": b"text"}),
+            "a picture in label/0003.png, got one that Pillow cannot read .* the archive anew",
+        ),
     ],
 )
 def test_what_is_wrong_with_an_archive_is_said(tmp_path, change, text):
@@ -986,6 +1000,12 @@ def test_a_missing_archive_ends_the_command(tmp_path, capsys):
 
 
 # Cityscapes' tree.
+
+
+def cut(path, size):
+    """Leaves the first bytes of a file."""
+    path.write_bytes(path.read_bytes()[:size])
+
 
 THINGS = (24, 25, 26, 27, 28, 31, 32, 33)
 
@@ -1111,6 +1131,16 @@ def test_cityscapes_is_rotated_and_mirrored_with_its_targets(tmp_path):
             ),
             ValueError,
             "expected .* to be a 16-bit picture, got mode RGB",
+        ),
+        (
+            lambda root: next((root / "leftImg8bit").glob("train/*/*.png")).write_bytes(b"text"),
+            ValueError,
+            "a picture in .*_leftImg8bit.png, got one that Pillow .* its archive anew",
+        ),
+        (
+            lambda root: cut(next((root / "disparity").glob("train/*/*.png")), 60),
+            ValueError,
+            "a picture in .*_disparity.png, got one that Pillow .* its archive anew",
         ),
     ],
 )

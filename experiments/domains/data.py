@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from experiments.images import read_picture
+
 SPLITS = ("train", "val", "test")
 # Of ImageNet, for colors in [0, 1].
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -68,20 +70,13 @@ def read_image(path: Path, size: int) -> np.ndarray:
     Raises:
       ValueError: The file is no picture of 8 bits, or only part of one.
     """
-    try:
-        with Image.open(path) as picture:
-            if picture.mode[0] in "IF":  # as colors all of them would be white
-                raise ValueError(
-                    f"expected a picture of 8 bits in {path}, got mode {picture.mode}; use the "
-                    "files of the data set as they are"
-                )
-            square = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(square)
-    except (OSError, SyntaxError) as error:  # of Pillow: unknown kinds, truncated files
+    picture = read_picture(path)
+    if picture.mode[0] in "IF":  # as colors all of them would be white
         raise ValueError(
-            f"expected a picture in {path}, got one that Pillow cannot read ({error}); fetch the "
-            "file anew"
-        ) from None
+            f"expected a picture of 8 bits in {path}, got mode {picture.mode}; use the files of "
+            "the data set as they are"
+        )
+    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """CelebA as arrays: its own tree of files, TFDS, and made-up faces."""
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from experiments.images import cache_dir
+from experiments.images import cache_dir, read_picture
 
 _NAMES = """
     5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
@@ -199,15 +198,7 @@ def decode(encoded: bytes, path: str) -> np.ndarray:
     Raises:
       ValueError: It cannot be read, is no color JPEG, or has another size than aligned images.
     """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(
-            f"expected a JPEG in {path}, got {error}; unpack img_align_celeba.zip anew"
-        ) from error
+    image = read_picture(path, encoded, "unpack img_align_celeba.zip anew")
     if (image.format, image.mode) != ("JPEG", "RGB"):
         raise ValueError(
             f"expected a JPEG in color in {path}, got {image.format} of mode {image.mode}; use the "

@@ -15,7 +15,6 @@ such files have the papers' shape and not their detail.
 """
 
 import argparse
-import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -24,10 +23,13 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from experiments.images import BROKEN, read_picture
+
 SIZES = {"96x128": (96, 128), "192x256": (192, 256), "288x384": (288, 384)}
 METERS = 0.04  # of one step of depth
 LEAST_LENGTH = 0.5  # of a normal that is defined
 FOLDERS = {"train": "train", "test": "val"}
+ADVICE = "fetch the archive anew"
 KINDS = {"image": "jpg", "depth": "png", "label": "png", "normal": "jpg"}
 
 
@@ -70,10 +72,8 @@ def read_scene(archive: zipfile.ZipFile, number: int) -> dict[str, np.ndarray]:
     """Returns the four pictures of a scene.
 
     Raises:
-      ValueError: One is missing, of another size or of another kind of picture.
+      ValueError: One is missing, broken, of another size or of another kind of picture.
     """
-    from PIL import Image
-
     raw = {}
     for kind, suffix in KINDS.items():
         name = f"{kind}/{number:04d}.{suffix}"
@@ -84,7 +84,11 @@ def read_scene(archive: zipfile.ZipFile, number: int) -> dict[str, np.ndarray]:
                 f"expected {name} in {archive.filename}, got no such member; use an archive with "
                 "image, depth, label and normal for every number in splits.json"
             ) from None
-        raw[kind] = np.asarray(Image.open(io.BytesIO(data)))
+        except BROKEN as error:
+            raise ValueError(
+                f"expected {name} in {archive.filename} unharmed, got {error}; {ADVICE}"
+            ) from None
+        raw[kind] = np.asarray(read_picture(name, data, ADVICE))
         dims = 3 if kind in ("image", "normal") else 2
         same = raw[kind].shape[:2] == raw["image"].shape[:2]
         channels = "three channels" if dims == 3 else "one channel"
@@ -95,6 +99,33 @@ def read_scene(archive: zipfile.ZipFile, number: int) -> dict[str, np.ndarray]:
                 f"{raw[kind].shape}; the archive is of another form"
             )
     return raw
+
+
+def read_splits(archive: zipfile.ZipFile) -> dict[str, list[int]]:
+    """Returns the numbers of the scenes of each split.
+
+    Raises:
+      ValueError: They are of another form.
+    """
+    try:
+        splits = json.loads(archive.read("splits.json"))
+    except (ValueError, *BROKEN) as error:
+        raise ValueError(
+            f"expected JSON in splits.json of {archive.filename}, got {error}; {ADVICE}"
+        ) from None
+    names = sorted(splits) if isinstance(splits, dict) else type(splits).__name__
+    if not isinstance(splits, dict) or not set(FOLDERS) <= set(splits):
+        raise ValueError(
+            f"expected train and test in splits.json, got {names}; use the official split"
+        )
+    for name in FOLDERS:
+        numbers = splits[name]
+        if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+            raise ValueError(
+                f"expected a list of whole numbers for {name} in splits.json, got "
+                f"{str(numbers)[:40]}; use the official split"
+            )
+    return splits
 
 
 def convert(archive: Path, out: Path, size: tuple[int, int]) -> dict[str, int]:
@@ -120,12 +151,7 @@ def convert(archive: Path, out: Path, size: tuple[int, int]) -> dict[str, int]:
             raise ValueError(
                 f"expected splits.json in {archive}, got none; it maps train and test to numbers"
             )
-        splits = json.loads(file.read("splits.json"))
-        if not set(FOLDERS) <= set(splits):
-            raise ValueError(
-                f"expected train and test in splits.json, got {sorted(splits)}; use the official "
-                "split"
-            )
+        splits = read_splits(file)
         for split, folder in FOLDERS.items():
             for kind in KINDS:
                 (out / folder / kind).mkdir(parents=True, exist_ok=True)

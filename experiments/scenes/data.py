@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from rich.progress import track
 
+from experiments.images import read_picture
 from experiments.scenes.benchmarks import UNDEFINED, Batch, Benchmark
 
 Raw = dict[str, np.ndarray]
@@ -281,10 +282,8 @@ def _open(files: _Files) -> dict[str, Any]:
     """Returns the pictures in modes that can be rotated.
 
     Raises:
-      ValueError: One is of another kind, or of another size than the image.
+      ValueError: One cannot be read, is of another kind, or of another size than the image.
     """
-    from PIL import Image
-
     kinds = {
         "image": (("RGB",), "RGB", "8-bit color"),
         "labels": (("L",), "L", "8-bit"),
@@ -293,13 +292,13 @@ def _open(files: _Files) -> dict[str, Any]:
     }
     pictures: dict[str, Any] = {}
     for (name, (modes, wanted, text)), path in zip(kinds.items(), files, strict=True):
-        with Image.open(path) as picture:
-            if picture.mode not in modes:
-                raise ValueError(
-                    f"expected {path} to be a {text} picture, got mode {picture.mode}; use the "
-                    "files of Cityscapes as they are"
-                )
-            pictures[name] = picture.convert(wanted)
+        picture = read_picture(path, advice="unpack its archive anew")
+        if picture.mode not in modes:
+            raise ValueError(
+                f"expected {path} to be a {text} picture, got mode {picture.mode}; use the files "
+                "of Cityscapes as they are"
+            )
+        pictures[name] = picture.convert(wanted)
         size = pictures["image"].size
         if picture.size != size:
             raise ValueError(
