@@ -11,7 +11,10 @@ import pytest
 pytest.importorskip("sklearn", reason="the extra `experiments` is not installed")
 pytest.importorskip("rich", reason="the extra `experiments` is not installed")
 
+import jaxmtl
 from experiments.benchmarks import accelerator, prices, solvers
+from experiments.benchmarks.models import MODELS
+from experiments.timing import make_step
 
 pytestmark = pytest.mark.xdist_group("benchmarks")
 
@@ -40,6 +43,38 @@ def test_every_kind_of_network_has_finite_losses():
         step, args, _ = prices.steps(make(), 2)["gradient"]
         for leaf in jax.tree.leaves(jax.jit(step)(*args)):
             assert np.all(np.isfinite(leaf)), name
+
+
+@pytest.mark.slow
+def test_compile_times_are_divided_by_those_of_the_gradient(capsys):
+    prices.main(["--kinds", "mlp", "--tasks", "2", "--compile", "1"])
+    table = capsys.readouterr().out.split("the gradient step's = 1")[1]
+    found = dict(re.findall(r"^\| ([\w ]+) \| ([\d.]+ / [\d.]+) \|$", table, re.MULTILINE))
+    assert found.pop("gradient") == "1.00 / 1.00"
+    assert set(found) | {"gradient"} == set(prices.steps(prices.mlp(), 2))
+    assert all(float(text.split(" / ")[0]) > 0 for text in found.values())
+
+
+@pytest.mark.slow
+def test_1024_examples_take_little_memory_and_none_is_harmed():
+    """A whole step of UPGrad on the MLP 784-512x3-10; all rows would be 4 GB."""
+    model = MODELS["mlp"]()
+    x, y = model.batch(1024)
+    rule, axes = jaxmtl.upgrad(), (None, 0, 0)
+    args = model.params, rule.init(model.params), x, y
+    step = make_step(model.loss, rule, rate=1.0, in_axes=axes)
+    executable = jax.jit(step).lower(*args).compile()
+    assert executable.memory_analysis().temp_size_in_bytes < 100e6
+    *_, moved = executable(*args)
+    direction = jax.tree.map(np.subtract, model.params, moved)
+
+    def losses(params):
+        return jax.vmap(model.loss, axes)(params, x, y)
+
+    values, change = jax.jvp(losses, (model.params,), (direction,))
+    assert np.all(np.isfinite(values))
+    assert np.max(change) > 0
+    assert np.min(change) > -1e-4 * np.max(change)  # rounding of float32
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.prices                             # all kinds, 4 tasks
     python -m experiments.benchmarks.prices --kinds mlp --tasks 2 4 8
+    python -m experiments.benchmarks.prices --compile 5                 # and what compiling takes
 
 Each cell is two numbers: operations of a whole step, the update of the parameters included, divided
 by those of a gradient step on the mean loss, and temporary memory. Operations are those of products
@@ -18,10 +19,15 @@ once. Memory is the compiler's. Neither depends on how busy the machine is. The 
 * *separate*: UPGrad on a batch of its own per task, of the same size; divided by the m gradients
   of m batches.
 * *per example*: UPGrad on one objective per example of the batch.
+
+With ``--compile`` a second table has the seconds that tracing and compiling the step take, divided
+by those of the gradient step: medians of so many times in turns, which do depend on the machine.
 """
 
 import argparse
 import itertools
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,13 +207,46 @@ def steps(kind: Kind, m: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, 
     }
 
 
-def measure(kinds: Sequence[str], tasks: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns one record per kind of network, number of tasks and route."""
+def compile_seconds(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[float, float]:
+    """Returns the seconds of tracing a step, lowering included, and of compiling it."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    lowered = jax.jit(step).lower(*args)
+    traced = time.perf_counter()
+    lowered.compile()
+    return traced - start, time.perf_counter() - traced
+
+
+def compile_ratios(
+    steps: dict[str, tuple[Callable[..., Any], tuple[Any, ...], float]], repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Returns what tracing and compiling every route take, divided by that of the gradient."""
+    found: dict[str, list[tuple[float, float]]] = {route: [] for route in steps}
+    for _ in range(repeats):
+        for route, (step, args, _) in steps.items():
+            found[route].append(compile_seconds(step, args))
+    medians = {
+        route: [statistics.median(part) for part in zip(*seconds, strict=True)]
+        for route, seconds in found.items()
+    }
+    base = medians["gradient"]
+    return {route: (trace / base[0], run / base[1]) for route, (trace, run) in medians.items()}
+
+
+def measure(kinds: Sequence[str], tasks: Sequence[int], repeats: int = 0) -> list[dict[str, Any]]:
+    """Returns one record per kind of network, number of tasks and route.
+
+    Args:
+      kinds: Names of networks.
+      tasks: Numbers of tasks.
+      repeats: How often each step is compiled to time it; 0 leaves that out.
+    """
     records = []
     for name in kinds:
         kind = KINDS[name]()
         for m in tasks:
             base = 1
+            ratios = compile_ratios(steps(kind, m), repeats) if repeats else {}
             for route, (step, args, gradients) in steps(kind, m).items():
                 operations, memory = count(step, *args), compiled(step, *args).bytes
                 if route == "gradient":
@@ -223,11 +262,23 @@ def measure(kinds: Sequence[str], tasks: Sequence[int]) -> list[dict[str, Any]]:
                         "gradients": round(operations / base / gradients, 3),
                     }
                 )
+                if repeats:
+                    trace, run = ratios[route]
+                    records[-1] |= {"trace_ratio": round(trace, 3), "compile_ratio": round(run, 3)}
     return records
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
-    """Returns the table in Markdown: gradients, and temporary memory."""
+def _price(record: dict[str, Any]) -> str:
+    memory = "?" if record["bytes"] is None else f"{record['bytes'] / 1e6:.1f} MB"
+    return f"{record['gradients']:.2f} ({memory})"
+
+
+def _compile_time(record: dict[str, Any]) -> str:
+    return f"{record['trace_ratio']:.2f} / {record['compile_ratio']:.2f}"
+
+
+def table(records: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], str] = _price) -> str:
+    """Returns a table in Markdown, by default of gradients and temporary memory."""
     columns = list(dict.fromkeys((r["kind"], r["tasks"]) for r in records))
     found = {(r["kind"], r["tasks"], r["route"]): r for r in records}
     lines = [
@@ -235,11 +286,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         f"|---|{'---|' * len(columns)}",
     ]
     for route in dict.fromkeys(r["route"] for r in records):
-        cells = []
-        for kind, m in columns:
-            record = found[kind, m, route]
-            memory = "?" if record["bytes"] is None else f"{record['bytes'] / 1e6:.1f} MB"
-            cells.append(f"{record['gradients']:.2f} ({memory})")
+        cells = [cell(found[kind, m, route]) for kind, m in columns]
         lines.append(f"| {route} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -249,12 +296,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--tasks", type=int, nargs="+", default=[4])
+    parser.add_argument(
+        "--compile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="trace and compile every step N times and print what that takes",
+    )
     parser.add_argument("--out", type=Path, help="append JSON lines here")
     options = parser.parse_args(arguments)
-    records = measure(options.kinds, options.tasks)
+    records = measure(options.kinds, options.tasks, options.compile)
     if options.out is not None:
         append_records(options.out, [record | environment() for record in records])
     print(table(records))
+    if options.compile:
+        print("\nSeconds of tracing / compiling, the gradient step's = 1\n")
+        print(table(records, _compile_time))
 
 
 if __name__ == "__main__":
