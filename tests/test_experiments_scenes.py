@@ -37,6 +37,7 @@ from experiments.scenes.train import (  # noqa: E402
     make_init,
     make_training,
     network_of,
+    rate_of,
 )
 from experiments.study import append_records, config_of, read_records  # noqa: E402
 from tests.problems import some  # noqa: E402
@@ -381,6 +382,26 @@ def tiny(dataset, network=None, **given):
         scenes=4,
         **given,
     )
+
+
+def test_rates_over_the_epochs_are_those_of_the_recipes():
+    """Cityscapes' as a loop over epochs, which is how its authors' code has it."""
+    steps = 3
+
+    def rates(dataset, epochs):
+        options = replace(tiny(dataset), epochs=epochs, learning_rate=1.0)
+        return [float(rate_of(options, steps)(epoch * steps)) for epoch in range(epochs)]
+
+    for dataset in ("nyuv2", "cityscapes2"):
+        assert rates(dataset, 200) == [1.0] * 100 + [0.5] * 100
+        assert rates(dataset, 3) == [1.0, 0.5, 0.5]
+    rate, expected = 1.0, []
+    for epoch in range(1, 61):
+        expected.append(rate)
+        if epoch >= 40 and epoch % 3 == 0:
+            rate *= 0.7
+    np.testing.assert_allclose(rates("cityscapes3", 60), expected, rtol=1e-6)
+    assert set(rates("cityscapes3", 40)) == {1.0}
 
 
 FLOPS = {}  # of programs that were compiled

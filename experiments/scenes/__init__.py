@@ -26,11 +26,11 @@ A method combines the gradients of everything but the heads (of PSPNet, the deco
 gradient of their own loss, or, by methods that take one backward pass, the weighted one. So do
 Senushkin et al., with the attention of all tasks among the shared parameters. Running averages of
 BatchNorm are state that no gradient reaches. Adam's rate is halved after half the epochs; for
-Cityscapes with three tasks the paper states no schedule, its code multiplies the rate by 0.7 after
-every third epoch from the 40th on. ``-UB`` forms take the gradients at the features: on MTAN every
-loss reads a feature of its own, so that their Gramian is diagonal, MGDA-UB and Aligned-MTL-UB weigh
-by norms alone, and GradDrop drops nothing. Single-task networks are the same with one tower and one
-head.
+Cityscapes with three tasks, where the paper states no schedule, it is multiplied by 0.7 after 42
+epochs and every three from there on, as its authors' code has it. ``-UB`` forms take the gradients
+at the features: on MTAN every loss reads a feature of its own, so that their Gramian is diagonal,
+MGDA-UB and Aligned-MTL-UB weigh by norms alone, and GradDrop drops nothing. Single-task networks
+are the same with one tower and one head.
 
 Results are means over the last epochs (10, or a fifth of a shorter run) of the metrics on the held
 out part: one confusion matrix for all of its pixels, errors and angles over all defined ones. After

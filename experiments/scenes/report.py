@@ -364,7 +364,7 @@ def differs_of(
         if config["network"] == "pspnet" and not config["pretrained"]:
             told.append("without ImageNet's weights")
     if dataset == "cityscapes3":
-        told.append("the rate is halved after half the epochs (no schedule is stated)")
+        told.append("the schedule of the authors' code, as the paper states none")
     told += [text for name, text in CODE_DIFFERS.items() if name in methods]
     told.append("running variances without Bessel's correction")
     return "; ".join(filter(None, told))
