@@ -20,9 +20,9 @@ an accelerator the full search maps the seeds.
 
 **Differs from** the paper, unless by ``--paper`` and ``--full-search``: fewer seeds but for MNIST,
 fewer aggregators with Adam and other batch sizes, and a search that walks over the same 22 coarse
-rates to a minimum of the area instead of trying all 72 rates. Kuzushiji-MNIST (one seed, all 72
-rates) and EuroSAT run where ``--parts`` names them; SVHN, which needs TFDS, has not been trained.
-``--data-dir`` may hold the publishers' own files of EuroSAT and Kuzushiji-MNIST
+rates to a minimum of the area instead of trying all 72 rates. Kuzushiji-MNIST (two seeds, of the
+first all 72 rates) and EuroSAT run where ``--parts`` names them; SVHN, which needs TFDS, has not
+been trained. ``--data-dir`` may hold the publishers' own files of EuroSAT and Kuzushiji-MNIST
 (``experiments.images``) in place of TFDS's. The folder that made the results holds the first 10,000
 training images of CIFAR-10, the 10,000 test images of Kuzushiji-MNIST and 4,000 of EuroSAT's
 27,000, 400 of each class; subsets are drawn from these, and images normalized by their means and
