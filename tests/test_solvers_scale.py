@@ -10,6 +10,7 @@ import pytest
 import quadprog
 
 from jaxmtl import solvers
+from jaxmtl.solvers.nonneg_qp import inverse_of, split
 from tests.problems import WIDE_FIRST, some
 
 KINDS = ("square", "wide", "rank_deficient", "decaying", "duplicate")
@@ -96,6 +97,37 @@ def test_results_of_the_default_solver_do_not_depend_on_the_chunk(kind, x64):
         np.testing.assert_allclose(parts.value @ matrix, whole.value @ matrix, rtol=0, atol=1e-12)
         if kind == "square":
             np.testing.assert_allclose(parts.value, whole.value, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("m", [16, 40, 96])
+def test_an_inverse_by_blocks_of_columns(m, x64):
+    """Of a nearly singular Gramian with 1 on its diagonal, which one block does not divide."""
+    matrix = np.eye(m) + unit_gramian(m, "decaying")
+    found = jax.jit(inverse_of)(jnp.asarray(matrix))
+    np.testing.assert_allclose(found, np.linalg.inv(matrix), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["square", "wide"])
+def test_splitting_finds_nearly_all_zeros(kind, x64):
+    m = 96
+    matrix = unit_gramian(m, kind)
+    allowed = np.arange(m)[:, None] != 5
+    x = jax.jit(split)(jnp.asarray(matrix), jnp.asarray(-matrix), jnp.asarray(allowed))
+    assert np.min(x) >= 0
+    assert not np.any(x[5])
+    wrong = []
+    kept = np.delete(np.arange(m), 5)
+    for i in range(0, m, 8):
+        part = matrix[np.ix_(kept, kept)]
+        identity, zero = np.eye(m - 1), np.zeros(m - 1)
+        reference = quadprog.solve_qp(part, -matrix[i, kept], identity, zero)[0]
+        wrong.append(np.sum((reference > 1e-9) != (np.asarray(x)[kept, i] > 0)))
+    assert np.mean(wrong) <= 0.05 * m  # half of them are zero
+
+
+def test_splitting_of_nothing_is_zero(x64):
+    nothing = jnp.zeros((40, 40))
+    assert not np.any(split(nothing, nothing, jnp.ones((40, 40), bool)))
 
 
 def test_right_hand_sides_beyond_a_block_are_solved_alike(x64):
