@@ -31,7 +31,9 @@ def test_prices_of_a_dense_network():
     assert abs(price["Jacobian"] / ((1 + 2 * m) / 3) - 1) < 0.03
     assert 1 < price["encoder"] < 1.05
     assert 1 < price["separate"] < 1.1
-    assert price["per example"] < 1.5
+    # Of the solver the 24 steps of splitting count, two products more for their start and factor.
+    splitting = 26 * 2 * 64**3 / (6 * 64 * 3 * 256**2)
+    assert price["per example"] < 1.35 + splitting
     assert price["no Jacobian"] < 1 + 1.3 * m
     table = prices.table(records)
     assert f"| mlp, m = {m} |" in table
