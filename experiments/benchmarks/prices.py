@@ -7,7 +7,8 @@
 Each cell is two numbers: operations of a whole step, the update of the parameters included, divided
 by those of a gradient step on the mean loss, and temporary memory. Operations are those of products
 and convolutions, read off the program, times the trips of loops; the body of the solver's counts
-once, but for its splitting, from 32 examples on, whose number of steps is fixed. Memory is the compiler's. Neither depends on how busy the machine is. The routes:
+once, but for its splitting, from 32 examples on, whose number of steps is fixed. Memory is the
+compiler's. Neither depends on how busy the machine is. The routes:
 
 * *plain*: weights that need nothing, so the gradient of a weighted sum.
 * *losses*: a rule that reads the losses alone.
